@@ -1,0 +1,47 @@
+"""The public names, loaded at first use: importing the package loads neither torch nor any other large library."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy.version import __version__
+
+if TYPE_CHECKING:
+    from lmdeploy.api import Pipeline, pipeline
+    from lmdeploy.messages import (
+        ChatTemplateConfig,
+        GenerationConfig,
+        PytorchEngineConfig,
+        Response,
+        TurbomindEngineConfig,
+        VisionConfig,
+    )
+    from lmdeploy.tokenizer import Tokenizer
+
+__all__ = [
+    "ChatTemplateConfig",
+    "GenerationConfig",
+    "Pipeline",
+    "PytorchEngineConfig",
+    "Response",
+    "Tokenizer",
+    "TurbomindEngineConfig",
+    "VisionConfig",
+    "__version__",
+    "pipeline",
+]
+
+_HOMES = {"Pipeline": "lmdeploy.api", "pipeline": "lmdeploy.api", "Tokenizer": "lmdeploy.tokenizer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, "lmdeploy.messages")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,206 @@
+"""The engine: add, abort, step. Synchronous and single-threaded; a client drives it from a thread or a process."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from lmdeploy.engine.block_manager import BlockManager, root_hash
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.memory import MemoryPlan, plan_memory
+from lmdeploy.engine.request import Request, RequestOutput
+from lmdeploy.engine.runner import PendingStep, Report, Runner
+from lmdeploy.engine.sampler import INVALID_TOKEN
+from lmdeploy.engine.scheduler import Scheduler
+from lmdeploy.engine.state import RequestState
+from lmdeploy.engine.validation import EngineInfo, check_request
+from lmdeploy.errors import ConfigError, InvalidParameter, RequestError
+from lmdeploy.layers.context import KVCache
+from lmdeploy.models.base import CausalLM
+from lmdeploy.models.loader import load_model
+
+_MAX_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+_MAX_TOKENS_PER_STEP = {"cpu": 512, "cuda": 8192}
+_STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
+
+
+class Engine:
+    """One model, its cache and its requests.
+
+    `step` schedules the next step, enqueues it, and hands out the results of the oldest step in flight.
+    """
+
+    def __init__(self, path: Path, config: EngineConfig) -> None:
+        """Load the model at `path` (a folder or GGUF file). Raises CheckpointError, ConfigError, ModelNotSupported."""
+        started = time.monotonic()
+        device = _device(config.device)
+        model = load_model(
+            path,
+            dtype=config.dtype,
+            device=device,
+            load_format="dummy" if config.empty_init else "auto",
+            hf_overrides=config.hf_overrides,
+            rope_scaling_factor=config.rope_scaling_factor,
+            use_logn_attn=config.use_logn_attn,
+        )
+        max_batch_size = config.max_batch_size or _MAX_BATCH_SIZE[device.type]
+        max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP[device.type]
+        max_tokens = max(max_tokens, max_batch_size)
+        self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
+        planes, heads, dim = model.cache_shape
+        shape = (self.plan.num_blocks, model.config.num_layers, planes, heads, config.block_size, dim)
+        self.runner = Runner(model, KVCache(torch.zeros(shape, dtype=model.dtype, device=device)))
+        self.scheduler = Scheduler(
+            BlockManager(self.plan.num_blocks, config.block_size),
+            max_batch_size=max_batch_size,
+            max_tokens_per_step=max_tokens,
+            session_len=self.plan.session_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self.info = EngineInfo(
+            architecture=model.config.architecture,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(device),
+            vocab_size=model.config.vocab_size,
+            session_len=self.plan.session_len,
+            max_batch_size=max_batch_size,
+            num_blocks=self.plan.num_blocks,
+            block_size=config.block_size,
+            weight_bytes=self.plan.weight_bytes,
+            load_s=time.monotonic() - started,
+            eos_token_ids=list(model.config.eos_token_ids),
+            memory_plan=self.plan.rows(),
+        )
+        self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
+        self._in_flight: deque[PendingStep] = deque()
+        self._states: dict[str, RequestState] = {}
+
+    @staticmethod
+    def _plan_memory(
+        model: CausalLM, config: EngineConfig, device: torch.device, max_batch_size: int, max_tokens: int
+    ) -> MemoryPlan:
+        return plan_memory(
+            model.config,
+            config,
+            device=device,
+            cache_shape=model.cache_shape,
+            dtype=model.dtype,
+            weight_bytes=model.num_bytes(),
+            max_batch_size=max_batch_size,
+            max_tokens_per_step=max_tokens,
+            session_len=config.session_len or model.config.max_position_embeddings,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidParameter or PromptTooLong; then nothing has changed."""
+        check_request(request, self.info)
+        if request.request_id in self._states:
+            raise InvalidParameter(f"request id {request.request_id!r} is in use: give each request its own")
+        seed = request.sampling.seed
+        rotary = self.runner.model.rotary
+        rope_key = rotary.rope_length_key(len(request.prompt_ids)) if rotary is not None else 0
+        state = RequestState(
+            request,
+            seed=random.getrandbits(63) if seed is None else seed,
+            root=root_hash(request.cache_salt, rope_key),
+        )
+        self._states[request.request_id] = state
+        self.scheduler.add(state)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; None if it is not there (any more)."""
+        state = self._states.get(request_id)
+        if state is None:
+            return None
+        self.scheduler.finish(state)
+        self._forget(state)
+        return state.output(finish_reason="abort")
+
+    def step(self) -> list[RequestOutput]:
+        """Advance by one step; returns the news of the oldest step once enough are in flight."""
+        if len(self._in_flight) < self._max_steps_in_flight:
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                self._in_flight.append(self.runner.execute(plan))
+                if len(self._in_flight) < self._max_steps_in_flight:
+                    return []
+        return self._finish_step(self._in_flight.popleft()) if self._in_flight else []
+
+    def stats(self) -> dict[str, float]:
+        """Counters for monitoring."""
+        return {
+            "num_running": len(self.scheduler.running),
+            "num_waiting": len(self.scheduler.waiting),
+            "num_blocks": self.plan.num_blocks,
+            "num_free_blocks": self.scheduler.blocks.num_free,
+            "num_preemptions": self.scheduler.num_preemptions,
+        }
+
+    def close(self) -> list[RequestOutput]:
+        """End every request and free the memory; the engine cannot be used again."""
+        outputs = self.scheduler.abort_all()
+        self._states.clear()
+        self._in_flight.clear()
+        del self.runner
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return outputs
+
+    def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:
+        tokens = pending.wait()
+        outputs = []
+        entries = pending.plan.scheduled
+        reports = {id(entry.state): report for entry, report in zip(entries, pending.reports, strict=True)}
+        for state, new_tokens, reason in self.scheduler.update(entries, tokens):
+            if INVALID_TOKEN in new_tokens:
+                self.scheduler.finish(state)
+                error = RequestError("the model computed no finite logit for this request")
+                outputs.append(state.output(finish_reason="error", error=error))
+                self._forget(state)
+                continue
+            output = _with_report(state, new_tokens, reports[id(state)])
+            output.finish_reason = reason
+            if reason is not None:
+                self._forget(state)
+            if new_tokens or reason is not None or output.logits is not None or output.hidden_states is not None:
+                outputs.append(output)
+        return outputs
+
+    def _forget(self, state: RequestState) -> None:
+        self._states.pop(state.request_id, None)
+        self.runner.forget(state.request_id)
+
+
+def _with_report(state: RequestState, new_tokens: list[int], report: Report) -> RequestOutput:
+    """An output whose reported tensors have come to the host."""
+    if report.prompt_logprobs is not None:
+        state.prompt_logprobs.extend(report.prompt_logprobs.tolist())
+    is_prompt_done = state.num_reported_tokens >= len(state.prompt_ids)
+    logprobs = None
+    if report.logprobs is not None:
+        ids, values = report.logprobs
+        logprobs = [dict(zip(ids.tolist(), values.tolist(), strict=True))]
+    return state.output(
+        token_ids=new_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=state.prompt_logprobs if is_prompt_done and report.prompt_logprobs is not None else None,
+        logits=None if report.logits is None else report.logits.cpu(),
+        hidden_states=None if report.hidden_states is None else report.hidden_states.cpu(),
+    )
+
+
+def _device(name: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("device='cuda': torch sees no CUDA device; use 'cpu', or 'auto' to take what is there")
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")

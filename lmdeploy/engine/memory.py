@@ -1,0 +1,136 @@
+"""How much memory weights, activations and KV blocks take, before anything is allocated. It allocates nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from lmdeploy import env
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.errors import ConfigError
+from lmdeploy.logging import get_logger
+from lmdeploy.models.config import ModelConfig
+
+MIB = 1 << 20
+_DEFAULT_SHARE = 0.8
+_DEFAULT_CPU_CACHE_BYTES = 4 << 30
+_MIN_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The plan of one engine; sizes in bytes unless named otherwise."""
+
+    total_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    block_bytes: int
+    num_blocks: int
+    block_size: int
+    session_len: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.block_bytes * self.num_blocks
+
+    @property
+    def cache_tokens(self) -> int:
+        return self.block_size * self.num_blocks
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan as a table of names and values."""
+        return [
+            ("weights", f"{self.weight_bytes / MIB:,.0f} MiB"),
+            ("activations (largest step)", f"{self.activation_bytes / MIB:,.0f} MiB"),
+            ("KV blocks", f"{self.cache_bytes / MIB:,.0f} MiB = {self.num_blocks} x {self.block_bytes / MIB:.2f} MiB"),
+            ("tokens that fit", f"{self.cache_tokens:,}"),
+            (f"requests at session_len {self.session_len:,}", f"{self.cache_tokens / self.session_len:.1f}"),
+            ("memory seen", f"{self.total_bytes / MIB:,.0f} MiB"),
+        ]
+
+
+def plan_memory(
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    cache_shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    weight_bytes: int,
+    max_batch_size: int,
+    max_tokens_per_step: int,
+    session_len: int,
+) -> MemoryPlan:
+    """Size the block pool after the weights have been loaded. cache_shape: (planes, heads, dim) of one token and layer.
+
+    A pool smaller than session_len cuts session_len, with a notice; under two blocks is a ConfigError with the numbers.
+    """
+    total, free = device_memory(device)
+    activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size)
+    planes, heads, dim = cache_shape
+    block_bytes = model.num_layers * planes * heads * config.block_size * dim * dtype.itemsize
+    available = max(free - activations, 0)
+    num_blocks = _num_blocks(config.cache_max_entry_count, available, block_bytes, device)
+    if num_blocks < _MIN_BLOCKS:
+        raise ConfigError(
+            f"no room for the KV cache: {free / MIB:,.0f} MiB are free after {weight_bytes / MIB:,.0f} MiB of weights, "
+            f"activations take up to {activations / MIB:,.0f} MiB, a block takes {block_bytes / MIB:.2f} MiB and at "
+            f"least {_MIN_BLOCKS} are needed; raise cache_max_entry_count (now {config.cache_max_entry_count}) or "
+            "lower max_prefill_token_num or max_batch_size"
+        )
+    fitting = num_blocks * config.block_size
+    if fitting < session_len:
+        get_logger().warning("session_len is cut from %d to %d: the KV cache holds no more", session_len, fitting)
+        session_len = fitting
+    return MemoryPlan(total, weight_bytes, activations, block_bytes, num_blocks, config.block_size, session_len)
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(total, free) bytes of the device, or of what LMDEPLOY_DEVICE_MEMORY lets us see of it."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = _host_memory()
+    limit = env.device_memory_bytes()
+    if limit is not None and limit < total:
+        free, total = max(limit - (total - free), 0), limit
+    return total, free
+
+
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, requests: int) -> int:
+    """Upper estimate of what one step holds at its peak beside weights and cache.
+
+    Per token the residual stream, its norm and the widest pair of layer outputs; per sampled row four float32 copies of
+    the logits.
+    """
+    qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    widest = max(model.hidden_size, 2 * model.intermediate_size, 2 * qkv_size)
+    return tokens * (2 * model.hidden_size + 2 * widest) * dtype.itemsize + requests * model.vocab_size * 16
+
+
+def _num_blocks(share: float | None, available: int, block_bytes: int, device: torch.device) -> int:
+    if share is not None and share >= 1:
+        wanted, fitting = int(share), available // block_bytes
+        if wanted > fitting:
+            get_logger().warning("the KV cache is cut from %d to %d blocks: more memory is not free", wanted, fitting)
+        return min(wanted, fitting)
+    cache_bytes = int(available * (share or _DEFAULT_SHARE))
+    if share is None and device.type == "cpu":
+        cache_bytes = min(cache_bytes, _DEFAULT_CPU_CACHE_BYTES)
+    return cache_bytes // block_bytes
+
+
+def _host_memory() -> tuple[int, int]:
+    """(total, available) bytes of main memory."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return tuple(int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
+    except (OSError, KeyError):
+        names = getattr(os, "sysconf_names", {})
+        if "SC_PHYS_PAGES" not in names:
+            return 8 << 30, 4 << 30
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total // 2

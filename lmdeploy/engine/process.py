@@ -1,0 +1,159 @@
+"""An engine in a process of its own, over one end of a socket pair: `python -m lmdeploy.engine.process FD`."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lmdeploy.engine.client import Deliver, Deliveries
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.loop import EngineLoop
+from lmdeploy.engine.request import Request, RequestOutput
+from lmdeploy.engine.validation import EngineInfo, check_request
+from lmdeploy.engine.wire import (
+    Abort,
+    Close,
+    Connection,
+    Failure,
+    FromEngine,
+    Outputs,
+    Ready,
+    Start,
+    Stats,
+    Submit,
+    ToEngine,
+    from_failure,
+    from_wire,
+    to_failure,
+    to_wire,
+)  # fmt: skip
+from lmdeploy.errors import EngineDead
+
+_STATS_INTERVAL_S = 0.5
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class ProcessClient:
+    """Talks to an engine process that it starts and ends. The EngineClient protocol."""
+
+    def __init__(self, path: Path, config: EngineConfig) -> None:
+        """Waits until the model is loaded; raises what the engine raised, or EngineDead if the process dies."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "lmdeploy.engine.process", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._connection = Connection(ours, FromEngine)
+        self._deliveries = Deliveries(self.abort)
+        self._error: EngineDead | None = None
+        self._stats: dict[str, float] = {}
+        self._stats_time = time.monotonic()
+        self._connection.send(Start(str(path), config))
+        self.info = self._wait_ready()
+        self._reader = threading.Thread(target=self._read, name="lmdeploy-engine-reader", daemon=True)
+        self._reader.start()
+
+    def submit(self, request: Request, deliver: Deliver) -> None:
+        if self._error is not None:
+            raise self._error
+        check_request(request, self.info)
+        self._deliveries.register(request, deliver)
+        self._send(Submit(request))
+
+    def abort(self, request_id: str) -> None:
+        self._send(Abort(request_id))
+
+    def stats(self) -> dict[str, float]:
+        """As the process last told; the heartbeat's age grows while it is silent."""
+        age = time.monotonic() - self._stats_time
+        return {**self._stats, "heartbeat_age_s": self._stats.get("heartbeat_age_s", 0.0) + age}
+
+    def close(self) -> None:
+        self._send(Close())
+        try:
+            self.process.wait(_CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._connection.close()
+        self._fail(EngineDead("the engine is closed"))
+
+    def _wait_ready(self) -> EngineInfo:
+        message = self._connection.receive()
+        if isinstance(message, Ready):
+            return message.info
+        self._connection.close()
+        code = self.process.wait()
+        if isinstance(message, Failure):
+            raise from_failure(message)
+        raise EngineDead(f"the engine process ended with code {code} before it was ready; its own output says why")
+
+    def _send(self, message: Submit | Abort | Close) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            self._fail(EngineDead("the engine process is gone"))
+
+    def _read(self) -> None:
+        while (message := self._connection.receive()) is not None:
+            if isinstance(message, Outputs):
+                self._deliveries.publish([from_wire(output) for output in message.outputs])
+            elif isinstance(message, Stats):
+                self._stats, self._stats_time = message.values, time.monotonic()
+        self._fail(EngineDead("the engine process is gone"))
+
+    def _fail(self, error: EngineDead) -> None:
+        self._error = self._error or error
+        self._deliveries.fail_all(self._error)
+
+
+def serve(sock: socket.socket) -> None:
+    """The engine's side: load the model that Start names, then obey until Close or until the other side is gone."""
+    connection = Connection(sock, ToEngine)
+    start = connection.receive()
+    if not isinstance(start, Start):
+        return
+
+    def publish(outputs: list[RequestOutput]) -> None:
+        _try_send(connection, Outputs([to_wire(output) for output in outputs]))
+
+    try:
+        loop = EngineLoop(Path(start.path), start.config, publish)
+    except Exception as error:
+        _try_send(connection, to_failure(error))
+        return
+    _try_send(connection, Ready(loop.info))
+    stop = threading.Event()
+    reporter = threading.Thread(target=_report_stats, args=(connection, loop, stop), daemon=True)
+    reporter.start()
+    while isinstance(message := connection.receive(), (Submit, Abort)):
+        if isinstance(message, Submit):
+            loop.add(message.request)
+        else:
+            loop.abort(message.request_id)
+    stop.set()
+    loop.close()
+    connection.close()
+
+
+def _report_stats(connection: Connection, loop: EngineLoop, stop: threading.Event) -> None:
+    while not stop.wait(_STATS_INTERVAL_S):
+        if loop.error is None:
+            _try_send(connection, Stats(loop.stats()))
+
+
+def _try_send(connection: Connection, message: Ready | Failure | Outputs | Stats) -> None:
+    """Send unless the client is gone; the reading side notices that too and ends the process."""
+    try:
+        connection.send(message)
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client decides; Ctrl-C must not end the engine first
+    serve(socket.socket(fileno=int(sys.argv[1])))

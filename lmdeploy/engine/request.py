@@ -1,0 +1,78 @@
+"""What the engine is asked and what it answers: token ids in, token ids out. It knows neither text nor devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from lmdeploy.messages import FinishReason
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class SamplingParams:
+    """How the next token of one request is chosen.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. stop_token_ids end the answer and hold the model's
+    own end tokens unless they are to be ignored. logprobs: how many top tokens to report beside the chosen one; None is
+    off. return_logits, return_hidden_states: 'all' (prompt too) or 'generation'. prompt_logprobs asks for the
+    log-probability of each prompt token given those before it.
+    """
+
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    bad_token_ids: tuple[int, ...] = ()
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    repetition_ngram_size: int = 0
+    repetition_ngram_threshold: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    return_logits: Literal["all", "generation"] | None = None
+    return_hidden_states: Literal["all", "generation"] | None = None
+
+
+@dataclass
+class Request:
+    """One prompt and how to continue it. `cache_salt` separates prefix caches of different users."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+@dataclass
+class RequestOutput:
+    """News of one request since the last output.
+
+    token_ids: new tokens, the stop token included when it ended the answer. logprobs: one dict (token id -> natural
+    log-probability) per new token, the chosen token first. prompt_logprobs: [P - 1] floats, once. logits: [n, V]
+    float32, hidden_states: [n, C], in order of position. error: set when finish_reason is 'error'.
+    """
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[float] | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+    error: Exception | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None

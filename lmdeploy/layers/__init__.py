@@ -1,0 +1,1 @@
+"""Building blocks of models: linears, norms, attention, rotary, experts. They know config fields, no model's name."""

@@ -1,0 +1,80 @@
+"""The shape that every decoder-only model shares: embedding, layers, norm, head. Families fill in the layer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lmdeploy.layers.context import ForwardContext
+from lmdeploy.layers.linear import Embedding, Linear
+from lmdeploy.layers.norm import Norm, RMSNorm
+from lmdeploy.layers.rotary import Rotary
+from lmdeploy.models.config import ModelConfig
+from lmdeploy.models.weights import WeightMap
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model over T concatenated tokens of several requests.
+
+    A family sets `weight_map` (its checkpoint's names) and overrides the `make_*` hooks it needs.
+    """
+
+    weight_map: ClassVar[WeightMap]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = Rotary(config.rope, config.head_dim) if config.rope is not None else None
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(self.make_layer(index) for index in range(config.num_layers))
+        self.norm = self.make_norm()
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    def make_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index`: forward(x [T, C], ctx) -> [T, C]."""
+        raise NotImplementedError
+
+    def make_norm(self) -> Norm:
+        """A norm over the hidden size, of the family's kind."""
+        return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.config.norm_offset)
+
+    def forward(self, input_ids: Tensor, ctx: ForwardContext, input_embeds: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, [T, C]. input_embeds [T, C] stand in for the embedding of input_ids."""
+        x = self.embed(input_ids) if input_embeds is None else input_embeds
+        for layer in self.layers:
+            x = layer(x, ctx)
+        return self.norm(x)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings as they enter the first layer, [T, C]."""
+        x = self.embed_tokens(input_ids)
+        return x if self.config.embed_scale is None else x * self.config.embed_scale
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """(planes, heads, dim) of what one layer caches of one token: K and V."""
+        return 2, self.config.num_kv_heads, self.config.head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(p for p in self.norm.parameters()).dtype
+
+    def num_bytes(self) -> int:
+        """Bytes of all weights as stored."""
+        total = 0
+        for module in self.modules():
+            if isinstance(module, Linear):
+                total += module.method.num_bytes(module)
+            else:
+                total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        return total
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[R, C] -> [R, V] float32."""
+        head = self.embed_tokens.head if self.lm_head is None else self.lm_head
+        logits = head(hidden_states).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

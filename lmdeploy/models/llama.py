@@ -1,0 +1,41 @@
+"""Llama 1, 2, 3.x and the families that share its tree: pre-norm attention and gated MLP, both residual."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lmdeploy.layers.attention import SelfAttention
+from lmdeploy.layers.context import ForwardContext
+from lmdeploy.layers.mlp import GatedMLP
+from lmdeploy.models.base import CausalLM
+from lmdeploy.models.weights import Rename, Skip, Stack, WeightMap
+
+
+class LlamaDecoderLayer(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, model: CausalLM, index: int) -> None:
+        super().__init__()
+        config = model.config
+        self.input_layernorm = model.make_norm()
+        self.self_attn = SelfAttention(config, index, model.rotary)
+        self.post_attention_layernorm = model.make_norm()
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm, ctx, residual=x)
+        return self.mlp(x, self.post_attention_layernorm, residual=x)
+
+
+class LlamaForCausalLM(CausalLM):
+    """https://arxiv.org/abs/2302.13971"""
+
+    weight_map = WeightMap(
+        Rename(r"^model\.", ""),
+        Stack("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Stack("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        Skip(r"rotary_emb\.inv_freq$"),
+    )
+
+    def make_layer(self, index: int) -> nn.Module:
+        return LlamaDecoderLayer(self, index)

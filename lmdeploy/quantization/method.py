@@ -1,0 +1,51 @@
+"""How a linear layer holds and applies its weight: one LinearMethod per storage. It knows no model and no checkpoint file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lmdeploy.layers.linear import Linear
+    from lmdeploy.layers.norm import RMSNorm
+    from lmdeploy.quantization.packing import AffineTensor
+
+
+class LinearMethod:
+    """Base of all methods; `load` is called once per part of the linear, then `finish` once."""
+
+    name = ""
+
+    def load(self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype) -> None:
+        """Take the rows of one part, [parts[part], K], in whatever form the checkpoint has them."""
+        raise NotImplementedError
+
+    def finish(self, linear: Linear) -> None:
+        """All parts are there: lay the weight out for its kernel and free what that does not need."""
+
+    def apply(self, linear: Linear, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """linear(norm(x)) + residual. x: [T, K], residual and result: [T, N]."""
+        raise NotImplementedError
+
+    def gated_mlp(
+        self, x: Tensor, norm: RMSNorm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
+    ) -> Tensor:
+        """down(activation(gate) * up) + residual with gate | up = gate_up(norm(x)); a method may fuse it further."""
+        from lmdeploy.kernels import gated_activation
+
+        hidden = gated_activation(gate_up.method.apply(gate_up, x, norm=norm), activation)
+        return down.method.apply(down, hidden, residual=residual)
+
+    def embed(self, linear: Linear, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] of the weight in the compute dtype, [T, K]."""
+        raise NotImplementedError
+
+    def dense_weight(self, linear: Linear) -> Tensor:
+        """The weight [N, K] in the compute dtype, made anew if it is stored otherwise."""
+        raise NotImplementedError
+
+    def num_bytes(self, linear: Linear) -> int:
+        """Bytes that the weight takes as stored."""
+        return sum(t.numel() * t.element_size() for t in (*linear.parameters(), *linear.buffers()))

@@ -1,0 +1,1 @@
+"""The tests mirror the package; `python -m tests.NAME` runs the tools among them."""
