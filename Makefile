@@ -45,17 +45,17 @@ $(BASE): pyproject.toml constraints.txt
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >&2 || { \
 	  echo "No virtual environment could be made; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@# '===' matches PyPI's CUDA build only, never a '+cpu' build; without a GPU the CPU index saves gigabytes.
-	@if nvidia-smi -L >/dev/null 2>&1; then what='for CUDA'; options='torch===$(TORCH)'; \
+	@if nvidia-smi -L >/dev/null 2>&1; then what=' for CUDA'; options="-c constraints.txt torch===$(TORCH)"; \
 	elif [ "$$(uname -s)" = Linux ] && $(BIN)/python -c \
 	  'import sys, urllib.request as u; u.urlopen(sys.argv[1] + "/torch/", timeout=10)' $(CPU_INDEX) 2>/dev/null; then \
-	  what='for CPUs'; options='--no-deps --index-url $(CPU_INDEX) torch==$(TORCH)'; \
-	else what=; options='torch==$(TORCH)'; fi; \
-	echo "Installing PyTorch $(TORCH) $$what ..." >&2; $(PIP) install $$options >&2
+	  what=' for CPUs'; options='--no-deps --index-url $(CPU_INDEX) torch==$(TORCH)'; \
+	else what=; options="-c constraints.txt torch==$(TORCH)"; fi; \
+	echo "Installing PyTorch $(TORCH)$$what ..." >&2; $(PIP) install $$options >&2
 	@echo "Installing lmdeploy and its libraries ..." >&2
-	@$(PIP) install -q -c constraints.txt -e . >&2
+	@$(PIP) install -qq -c constraints.txt -e . >&2
 	@touch $@
 
 $(DEV): $(BASE)
 	@echo "Installing the tools of the checks ..." >&2
-	@$(PIP) install -q -c constraints.txt -e '.[dev]' >&2
+	@$(PIP) install -qq -c constraints.txt -e '.[dev]' >&2
 	@touch $@

@@ -52,7 +52,7 @@ class Engine:
         max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP[device.type]
         max_tokens = max(max_tokens, max_batch_size)
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
-        planes, heads, dim = model.cache_shape
+        planes, heads, dim = model.config.kv_shape
         shape = (self.plan.num_blocks, model.config.num_layers, planes, heads, config.block_size, dim)
         self.runner = Runner(model, KVCache(torch.zeros(shape, dtype=model.dtype, device=device)))
         self.scheduler = Scheduler(
@@ -88,12 +88,11 @@ class Engine:
             model.config,
             config,
             device=device,
-            cache_shape=model.cache_shape,
             dtype=model.dtype,
             weight_bytes=model.num_bytes(),
             max_batch_size=max_batch_size,
             max_tokens_per_step=max_tokens,
-            session_len=config.session_len or model.config.max_position_embeddings,
+            session_len=config.session_len or model.config.session_len,
         )
 
     @property

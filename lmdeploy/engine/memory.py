@@ -56,20 +56,19 @@ def plan_memory(
     config: EngineConfig,
     *,
     device: torch.device,
-    cache_shape: tuple[int, int, int],
     dtype: torch.dtype,
     weight_bytes: int,
     max_batch_size: int,
     max_tokens_per_step: int,
     session_len: int,
 ) -> MemoryPlan:
-    """Size the block pool after the weights have been loaded. cache_shape: (planes, heads, dim) of one token and layer.
+    """Size the block pool after the weights have been loaded.
 
     A pool smaller than session_len cuts session_len, with a notice; under two blocks is a ConfigError with the numbers.
     """
     total, free = device_memory(device)
     activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size)
-    planes, heads, dim = cache_shape
+    planes, heads, dim = model.kv_shape
     block_bytes = model.num_layers * planes * heads * config.block_size * dim * dtype.itemsize
     available = max(free - activations, 0)
     num_blocks = _num_blocks(config.cache_max_entry_count, available, block_bytes, device)

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -84,7 +85,7 @@ FromEngine = Ready | Failure | Outputs | Stats
 class Connection:
     """Sends and receives frames; `send` may be called from several threads."""
 
-    def __init__(self, sock: socket.socket, receives: type) -> None:
+    def __init__(self, sock: socket.socket, receives: Any) -> None:
         self._socket = sock
         self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(receives)
         self._encoder = msgspec.msgpack.Encoder()
@@ -134,7 +135,7 @@ def to_failure(error: Exception) -> Failure:
 def from_failure(failure: Failure) -> Exception:
     """The exception that a Failure names; EngineDead for a name that is not in the tree."""
     kind = getattr(errors, failure.kind, errors.EngineDead)
-    return kind(failure.message)  # type: ignore[no-any-return]
+    return kind(failure.message)
 
 
 def to_wire(output: RequestOutput) -> WireOutput:

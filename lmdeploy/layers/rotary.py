@@ -35,6 +35,14 @@ class Rotary:
         """cos and sin of every token of the step, each [T, R / 2] float32; computed once per step."""
         return ctx.once(self, lambda: self._step_tables(ctx))  # type: ignore[no-any-return]
 
+    def step_frequencies(self, ctx: ForwardContext) -> Tensor:
+        """The angular frequencies of every token of the step, [T, R / 2] float32; computed once per step."""
+
+        def compute() -> Tensor:
+            return self.frequencies(self.effective_lengths(ctx.positions, ctx.prompt_lens[ctx.token_rows]))
+
+        return ctx.once((self, "frequencies"), compute)  # type: ignore[no-any-return]
+
     def cos_sin(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, R / 2] float32, of tokens at positions [T] of requests with prompts of lengths [T] tokens."""
         if not self.depends_on_length:

@@ -29,14 +29,14 @@ ARCHITECTURES: dict[str, str] = {
     "InternLM3ForCausalLM": "internlm:InternLM3ForCausalLM",
     "InternLMForCausalLM": "internlm:InternLMForCausalLM",
     "LlamaForCausalLM": "llama:LlamaForCausalLM",
-    "MistralForCausalLM": "llama:MistralForCausalLM",
+    "MistralForCausalLM": "llama:LlamaForCausalLM",
     "MixtralForCausalLM": "mixtral:MixtralForCausalLM",
     "Phi3ForCausalLM": "phi3:Phi3ForCausalLM",
     "QWenLMHeadModel": "qwen:QWenLMHeadModel",
     "Qwen2ForCausalLM": "qwen2:Qwen2ForCausalLM",
-    "Qwen2MoeForCausalLM": "qwen2_moe:Qwen2MoeForCausalLM",
-    "Qwen3ForCausalLM": "qwen2:Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM": "qwen2_moe:Qwen3MoeForCausalLM",
+    "Qwen2MoeForCausalLM": "qwen2:Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM": "qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "qwen3:Qwen3MoeForCausalLM",
 }
 """Hugging Face architecture -> module and class in this package."""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lmdeploy.layers.attention import LatentAttention, SelfAttention
 from lmdeploy.layers.context import ForwardContext
 from lmdeploy.layers.linear import Embedding, Linear
+from lmdeploy.layers.mlp import MLP, GatedMLP
+from lmdeploy.layers.moe import RoutedMLP
 from lmdeploy.layers.norm import Norm, RMSNorm
 from lmdeploy.layers.rotary import Rotary
 from lmdeploy.models.config import ModelConfig
@@ -22,11 +26,19 @@ class CausalLM(nn.Module):
     """
 
     weight_map: ClassVar[WeightMap]
+    config_keys: ClassVar[Mapping[str, str]] = {}
+    config_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """ModelConfig fields that the family derives itself from its config."""
+        return {}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.rope, config.head_dim) if config.rope is not None else None
+        self.rotary = Rotary(config.rope) if config.rope is not None else None
+        self.local_rotary = Rotary(config.local_rope) if config.local_rope is not None else self.rotary
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.make_layer(index) for index in range(config.num_layers))
         self.norm = self.make_norm()
@@ -35,6 +47,20 @@ class CausalLM(nn.Module):
     def make_layer(self, index: int) -> nn.Module:
         """Decoder layer `index`: forward(x [T, C], ctx) -> [T, C]."""
         raise NotImplementedError
+
+    def make_attention(self, index: int) -> SelfAttention | LatentAttention:
+        """Attention of layer `index`; layers with a window may rotate differently."""
+        config = self.config
+        if config.mla is not None and self.rotary is not None:
+            return LatentAttention(config, config.mla, index, self.rotary)
+        return SelfAttention(config, index, self.rotary if config.layer_windows[index] is None else self.local_rotary)
+
+    def make_mlp(self, index: int) -> GatedMLP | MLP | RoutedMLP:
+        """Feed-forward block of layer `index`, routed where the config says so."""
+        config, moe = self.config, self.config.moe
+        if moe is not None and moe.layers[index]:
+            return RoutedMLP(config.hidden_size, moe, config.activation)
+        return GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
 
     def make_norm(self) -> Norm:
         """A norm over the hidden size, of the family's kind."""
@@ -50,12 +76,8 @@ class CausalLM(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings as they enter the first layer, [T, C]."""
         x = self.embed_tokens(input_ids)
-        return x if self.config.embed_scale is None else x * self.config.embed_scale
-
-    @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        """(planes, heads, dim) of what one layer caches of one token: K and V."""
-        return 2, self.config.num_kv_heads, self.config.head_dim
+        scale = self.config.embed_scale
+        return x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device="cpu").item()
 
     @property
     def dtype(self) -> torch.dtype:

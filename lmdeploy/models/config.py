@@ -46,7 +46,8 @@ class ModelConfig:
     layer_windows: one entry per layer, the keys a query sees (itself included). local_rope: of the layers with a window, where
     it differs. attention_scale: of q k^T if not head_dim ** -0.5. logn_length: queries beyond it grow by log_length(position).
     variant: the form of its family, where a family has several. alibi: "scaled" if the bias is added to the scaled scores,
-    "unscaled" if before the scaling and rounded to bfloat16. clip_qkv: bound of the projected q, k, v.
+    "unscaled" if before the scaling and rounded to bfloat16. clip_qkv: bound of the projected q, k, v. normalize_head: the
+    rows of the output head are to be made unit vectors.
     """
 
     architecture: str
@@ -79,6 +80,7 @@ class ModelConfig:
     alibi: str | None = None
     attention_sinks: bool = False
     clip_qkv: float | None = None
+    normalize_head: bool = False
     variant: str = ""
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
@@ -100,7 +102,10 @@ class ModelConfig:
             dialect = model_class(architecture)
         hf = usual_names(hf, dialect)
         fields = read_fields(hf)
-        fields.update(architecture=architecture, **dialect.config_fields(hf))
+        try:
+            fields.update(architecture=architecture, **dialect.config_fields(hf))
+        except KeyError as error:
+            raise ConfigError(f"the config of {architecture} has no key {error}") from error
         if fields["num_heads"] % fields["num_kv_heads"]:
             raise ConfigError(
                 f"num_attention_heads {fields['num_heads']} is no multiple of num_key_value_heads {fields['num_kv_heads']}"
@@ -225,6 +230,13 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def require(hf: Mapping[str, Any], **values: Any) -> None:
+    """Stop with ConfigError unless each of these keys is absent, null or has the only value that is supported."""
+    for key, value in values.items():
+        if hf.get(key) is not None and hf[key] != value:
+            raise ConfigError(f"config key {key!r} is {hf[key]!r}; only {value!r} is supported")
+
+
 def read_activation(hf: Mapping[str, Any]) -> str:
     """silu, gelu or gelu_tanh."""
     name = hf.get("hidden_activation") or hf.get("hidden_act") or hf.get("activation") or "silu"
@@ -255,12 +267,12 @@ def read_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ..
 
 def read_local_rope(hf: Mapping[str, Any], head_dim: int) -> RopeConfig | None:
     """The rope config of the layers with a window, if the config names one of their own."""
-    if "rope_local_base_freq" in hf:
-        plain = {key: value for key, value in hf.items() if key not in ("rope_scaling", "rope_parameters")}
-        return read_rope({**plain, "rope_theta": hf["rope_local_base_freq"]}, head_dim)
     if any(isinstance(value, Mapping) for value in (hf.get("rope_parameters") or {}).values()):
         return read_rope(hf, head_dim, "sliding_attention") if rope_parameters(hf, "sliding_attention") else None
-    return None
+    if "rope_local_base_freq" not in hf:
+        return None
+    plain = {key: value for key, value in hf.items() if key not in ("rope_scaling", "rope_parameters")}
+    return read_rope({**plain, "rope_theta": hf["rope_local_base_freq"]}, head_dim)
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

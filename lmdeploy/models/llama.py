@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 from torch import Tensor, nn
 
-from lmdeploy.layers.attention import SelfAttention
 from lmdeploy.layers.context import ForwardContext
-from lmdeploy.layers.mlp import GatedMLP
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.weights import Rename, Skip, Stack, WeightMap
 
@@ -16,11 +17,10 @@ class LlamaDecoderLayer(nn.Module):
 
     def __init__(self, model: CausalLM, index: int) -> None:
         super().__init__()
-        config = model.config
         self.input_layernorm = model.make_norm()
-        self.self_attn = SelfAttention(config, index, model.rotary)
+        self.self_attn = model.make_attention(index)
         self.post_attention_layernorm = model.make_norm()
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
+        self.mlp = model.make_mlp(index)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, ctx, residual=x)
@@ -37,5 +37,7 @@ class LlamaForCausalLM(CausalLM):
         Skip(r"rotary_emb\.inv_freq$"),
     )
 
+    layer_class: ClassVar[Callable[[CausalLM, int], nn.Module]] = LlamaDecoderLayer
+
     def make_layer(self, index: int) -> nn.Module:
-        return LlamaDecoderLayer(self, index)
+        return type(self).layer_class(self, index)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
-    from lmdeploy.layers.norm import RMSNorm
+    from lmdeploy.layers.norm import Norm
     from lmdeploy.quantization.packing import AffineTensor
 
 
@@ -25,18 +25,46 @@ class LinearMethod:
     def finish(self, linear: Linear) -> None:
         """All parts are there: lay the weight out for its kernel and free what that does not need."""
 
-    def apply(self, linear: Linear, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+    def apply(self, linear: Linear, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """linear(norm(x)) + residual. x: [T, K], residual and result: [T, N]."""
         raise NotImplementedError
 
     def gated_mlp(
-        self, x: Tensor, norm: RMSNorm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
+        self, x: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
     ) -> Tensor:
         """down(activation(gate) * up) + residual with gate | up = gate_up(norm(x)); a method may fuse it further."""
         from lmdeploy.kernels import gated_activation
 
         hidden = gated_activation(gate_up.method.apply(gate_up, x, norm=norm), activation)
         return down.method.apply(down, hidden, residual=residual)
+
+    def routed_mlp(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        gate_up: Linear,
+        down: Linear,
+        activation: str,
+        clamp: float | None,
+    ) -> Tensor:
+        """Sum of weights [T, k] times the gated MLPs of experts [T, k]; parts of gate_up: gate and up of each expert in turn."""
+        from lmdeploy import kernels
+
+        def by_expert(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows.unflatten(0, (len(down.parts), -1))
+
+        return kernels.routed_mlp(
+            x,
+            weights,
+            experts,
+            by_expert(gate_up.method.dense_weight(gate_up)),
+            by_expert(down.method.dense_weight(down)),
+            activation,
+            by_expert(gate_up.bias),
+            by_expert(down.bias),
+            clamp,
+        )
 
     def embed(self, linear: Linear, ids: Tensor) -> Tensor:
         """Rows `ids` [T] of the weight in the compute dtype, [T, K]."""

@@ -14,33 +14,42 @@ import sentencepiece
 from lmdeploy.errors import CheckpointError
 from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
 
+_ADD_DUMMY_PREFIX = b"\x18"  # tag of the normalizer's field 3, a bool
+
 
 class SentencePieceVocabulary(Vocabulary):
     """SentencePiece on the text between special tokens.
 
     Control pieces and added tokens are cut out of the text first, the longest spelling before its prefixes; an added
-    token takes over the id of a piece it names. space_before: "every" puts the model's leading space before each stretch
-    of text, as the original code of these models does, "first" only at the very beginning of the text.
+    token takes over the piece whose id it has. space_before: "every" puts the model's leading space before each stretch
+    of text, as the original code of these models does, "first" only at the very beginning of the text. piece_count: size of
+    the model without added tokens.
     """
 
     def __init__(self, model: bytes, added: Sequence[AddedToken] = (), space_before: str = "every") -> None:
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except Exception as error:  # the library raises RuntimeError and others
-            raise CheckpointError(f"the SentencePiece model cannot be read: {error}") from error
+        self._model = _load_model(model)
         self.strips_first_space = self._model.normalize("a").startswith("▁")
         self._space_at_start_only = self.strips_first_space and space_before == "first"
         if self._space_at_start_only:
-            self._model.override_normalizer_spec(add_dummy_prefix=False)
+            # Protobuf merges a message that comes twice, so this switches one field of the normalizer off.
+            self._model = _load_model(model + _field(3, _ADD_DUMMY_PREFIX + b"\x00"))
         pieces = self._model.get_piece_size()
         tokens = {token.id: token for token in self._control_tokens(pieces)} | {token.id: token for token in added}
         self._added = {token_id: token.text.encode("utf-8") for token_id, token in tokens.items()}
         self._added_ids = {token.text: token_id for token_id, token in tokens.items()}
         self.special_tokens = {token.text: token.id for token in tokens.values() if token.special}
         self.size = max(pieces, max(tokens, default=-1) + 1)
-        self._piece_count = pieces
+        self.piece_count = pieces
         self._bytes: dict[int, bytes] = {}
         self._cut = _cutting_pattern([token for token in tokens.values() if token.is_found_in_text])
+        self.named_tokens = self._name_tokens()
+        begin = self._model.bos_id()
+        self.prefix_ids = (begin,) if begin >= 0 else ()
+
+    def _name_tokens(self) -> dict[str, str]:
+        """The model file's own begin, end and unknown tokens."""
+        ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id(), "unk_token": self._model.unk_id()}
+        return {name: self._model.id_to_piece(token_id) for name, token_id in ids.items() if token_id >= 0}
 
     def _control_tokens(self, count: int) -> Iterator[AddedToken]:
         pieces = self._model.id_to_piece(list(range(count)))
@@ -77,7 +86,7 @@ class SentencePieceVocabulary(Vocabulary):
     def _compute_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id]
-        if not 0 <= token_id < self._piece_count:
+        if not 0 <= token_id < self.piece_count:
             return b""
         piece: str = self._model.id_to_piece(token_id)
         if self._model.is_byte(token_id):
@@ -87,13 +96,20 @@ class SentencePieceVocabulary(Vocabulary):
     def id_to_token(self, token_id: int) -> str | None:
         if token_id in self._added:
             return self._added[token_id].decode("utf-8")
-        return self._model.id_to_piece(token_id) if 0 <= token_id < self._piece_count else None
+        return self._model.id_to_piece(token_id) if 0 <= token_id < self.piece_count else None
 
     def token_to_id(self, token: str) -> int | None:
         if token in self._added_ids:
             return self._added_ids[token]
         token_id: int = self._model.piece_to_id(token)
         return None if token_id == self._model.unk_id() else token_id
+
+
+def _load_model(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # the library raises RuntimeError and others
+        raise CheckpointError(f"the SentencePiece model cannot be read: {error}") from error
 
 
 def _cutting_pattern(tokens: Sequence[AddedToken]) -> re.Pattern[str] | None:
@@ -118,7 +134,8 @@ def make_bpe_model(pieces: Sequence[str], scores: Sequence[float], kinds: Sequen
     )
     model_type_bpe, byte_fallback = b"\x18\x02", b"\x98\x02\x01"
     trainer = model_type_bpe + (byte_fallback if 6 in kinds else b"")
-    normalizer = _field(1, b"identity") + b"\x18" + _varint(int(space_prefix)) + b"\x20\x00" + b"\x28\x01"
+    keep_whitespace, escape_whitespace = b"\x20\x00", b"\x28\x01"
+    normalizer = _field(1, b"identity") + _ADD_DUMMY_PREFIX + _varint(int(space_prefix)) + keep_whitespace + escape_whitespace
     return table + _field(2, trainer) + _field(3, normalizer)
 
 

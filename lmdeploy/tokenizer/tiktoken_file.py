@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
@@ -17,49 +19,55 @@ from lmdeploy.errors import CheckpointError
 from lmdeploy.tokenizer import patterns
 from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
 
+_SLICE_CHARS = 25_000
+
 
 @dataclass(frozen=True)
 class TiktokenFamily:
     """How a family splits text and which special tokens it has, numbered from the end of the file's ranks.
 
-    prefix, bos, eos are spellings of special tokens; model_types and rank_count recognise the family.
+    list_special takes config.json. prefix, bos, eos are spellings of special tokens; model_types and rank_count
+    recognise the family.
     """
 
     pattern: str
-    special: Callable[[], Sequence[str]]
+    list_special: Callable[[Mapping[str, Any]], Sequence[str]]
     model_types: tuple[str, ...]
     rank_count: int
     bos: str | None = None
     eos: str | None = None
     prefix: tuple[str, ...] = ()
+    composes_unicode: bool = False
 
 
-def _qwen_tokens() -> list[str]:
-    picture = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)), *picture]
+def _qwen_tokens(config: Mapping[str, Any]) -> list[str]:
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+    if "visual" in config:  # in Qwen without pictures `<img>` is HTML
+        tokens += ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
+    return tokens
 
 
-def _llama3_tokens() -> list[str]:
+def _llama3_tokens(config: Mapping[str, Any]) -> list[str]:
     head = "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id"
     turn = "start_header_id end_header_id eom_id eot_id python_tag"
     named = [f"<|{name}|>" for name in (head + " " + turn).split()]
     return named + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(named) + 2)]
 
 
-def _glm4_tokens() -> list[str]:
+def _glm4_tokens(config: Mapping[str, Any]) -> list[str]:
     marks = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
     media = ["begin_of_image", "end_of_image", "begin_of_video", "end_of_video"]
     return marks + [f"<|{name}|>" for name in ("system", "user", "assistant", "observation", *media)]
 
 
-def _cl100k_tokens() -> list[str]:
+def _cl100k_tokens(config: Mapping[str, Any]) -> list[str]:
     unused = [f"<||_unused_{i}_||>" for i in range(16)]
     head = [unused[0], "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
     return [*head, *unused[1:], "<|endofprompt|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
 FAMILIES: dict[str, TiktokenFamily] = {
-    "qwen": TiktokenFamily(patterns.QWEN2, _qwen_tokens, ("qwen",), 151643, eos="<|endoftext|>"),
+    "qwen": TiktokenFamily(patterns.QWEN2, _qwen_tokens, ("qwen",), 151643, eos="<|endoftext|>", composes_unicode=True),
     "llama3": TiktokenFamily(
         patterns.LLAMA3, _llama3_tokens, ("llama",), 128000, "<|begin_of_text|>", "<|end_of_text|>", ("<|begin_of_text|>",)
     ),
@@ -112,10 +120,10 @@ def choose_family(path: Path, rank_count: int, model_type: str) -> TiktokenFamil
 class TiktokenVocabulary(Vocabulary):
     """tiktoken's own encoder over a file's ranks, the family's special tokens and those that a checkpoint adds."""
 
-    def __init__(self, path: Path, model_type: str = "", added: Sequence[AddedToken] = ()) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], added: Sequence[AddedToken] = ()) -> None:
         ranks = read_ranks(path)
-        family = choose_family(path, len(ranks), model_type)
-        special = {token: len(ranks) + i for i, token in enumerate(family.special())}
+        family = choose_family(path, len(ranks), str(config.get("model_type", "")))
+        special = {token: len(ranks) + i for i, token in enumerate(family.list_special(config))}
         taken = {token.id for token in added}
         special = {text: token_id for text, token_id in special.items() if token_id not in taken}
         every = special | {token.text: token.id for token in added}
@@ -131,7 +139,15 @@ class TiktokenVocabulary(Vocabulary):
         self.prefix_ids = tuple(every[token] for token in family.prefix if token in every)
 
     def encode(self, text: str) -> list[int]:
-        # Lone surrogates, which no UTF-8 text has, become U+FFFD inside.
+        if self.family.composes_unicode:
+            text = unicodedata.normalize("NFC", text)
+        try:
+            return self._encode(text)
+        except ValueError:  # the expression ran out of stack, as on a million spaces
+            slices = (text[i : i + _SLICE_CHARS] for i in range(0, len(text), _SLICE_CHARS))
+            return [token_id for part in slices for token_id in self._encode(part)]
+
+    def _encode(self, text: str) -> list[int]:
         return self._encoding.encode(text, allowed_special=self._found_in_text, disallowed_special=())
 
     def token_to_bytes(self, token_id: int) -> bytes:

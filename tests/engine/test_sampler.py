@@ -15,7 +15,9 @@ from lmdeploy.engine.state import RequestState
 VOCAB = 12
 
 
-def make_state(name: str = "r", prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **sampling: object) -> RequestState:
+def make_state(
+    name: str = "r", prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **sampling: object
+) -> RequestState:
     seed = sampling.pop("seed", 0)
     state = RequestState(
         Request(name, list(prompt), SamplingParams(**sampling)),  # type: ignore[arg-type]
@@ -92,7 +94,12 @@ def test_uniform_depends_on_seed_and_position_only() -> None:
 def test_penalties_follow_their_formulas(logits: torch.Tensor) -> None:
     output = (3, 3, 5)
     state = make_state(
-        output=output, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.3, logprobs=VOCAB, temperature=0.0
+        output=output,
+        repetition_penalty=1.7,
+        presence_penalty=0.4,
+        frequency_penalty=0.3,
+        logprobs=VOCAB,
+        temperature=0.0,
     )
     line = logits[0].clone()
     for token in {1, 2, *output}:

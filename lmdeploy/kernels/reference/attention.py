@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,16 +50,103 @@ def rope_store_attend(
     spec: AttentionSpec,
 ) -> Tensor:
     """Per-head norms, rotation, cache write and attention of one layer: [T, (H + 2 Hkv) * D] -> [T, H * D]."""
-    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    q, k, v = qkv.view(qkv.shape[0], -1, dim).split((heads, kv_heads, kv_heads), dim=1)
-    if spec.q_norm is not None and spec.k_norm is not None:
-        q = rms_norm(q, spec.q_norm, spec.qk_norm_eps, spec.qk_norm_offset)
-        k = rms_norm(k, spec.k_norm, spec.qk_norm_eps, spec.qk_norm_offset)
+    q, k, v = _split_heads(qkv, spec)
     if cos is not None and sin is not None:
         q = apply_rope(q, cos, sin, spec.interleaved)
         k = apply_rope(k, cos, sin, spec.interleaved)
     store_kv(k, v, keys, values, ctx.slot_mapping)
-    return paged_attention(q, keys, values, ctx, spec).flatten(1)
+    return paged_attention(_grow(q, ctx, spec), keys, values, ctx, spec).flatten(1)
+
+
+def store_rotate_attend(
+    qkv: Tensor, frequencies: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext, spec: AttentionSpec
+) -> Tensor:
+    """rope_store_attend for a cache of unrotated keys, each query turning all its keys with its own frequencies.
+
+    frequencies: [T, R / 2] float32. For models whose rotation of old keys changes as the context grows.
+    """
+    q, k, v = _split_heads(qkv, spec)
+    store_kv(k, v, keys, values, ctx.slot_mapping)
+    angles = ctx.positions.float()[:, None] * frequencies
+    q = _grow(apply_rope(q, angles.cos(), angles.sin(), spec.interleaved), ctx, spec)
+    if ctx.is_decode:
+        k, v = (_gather(cache, ctx.block_tables, max(ctx.context_lens_host)) for cache in (keys, values))
+        k = _rotate_keys(k, frequencies, spec)
+        return _attend(q[:, None], k, v, ctx.positions[:, None], spec)[:, 0].flatten(1)
+    out = q.new_empty(*q.shape[:2], spec.value_dim)
+    for row, start, end in ctx.once("equal_frequencies", lambda: _equal_runs(frequencies, ctx)):
+        context_len = ctx.context_lens_host[row]
+        k, v = (_gather(cache, ctx.block_tables[row : row + 1], context_len) for cache in (keys, values))
+        k = _rotate_keys(k, frequencies[start : start + 1], spec)
+        out[start:end] = _attend(q[None, start:end], k, v, ctx.positions[None, start:end], spec)[0]
+    return out.flatten(1)
+
+
+def latent_store_attend(
+    q: Tensor,
+    latent: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    ctx: ForwardContext,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Attention over the compressed cache of multi-head latent attention, all heads sharing one key and value.
+
+    q: [T, H, latent + R], already projected into the latent space; latent: [T, latent]; rope_key: [T, R];
+    cache: [NB, 1, S, latent + R]. Returns [T, H, latent], still to be projected. https://arxiv.org/abs/2405.04434
+    """
+    size = latent.shape[-1]
+    q = torch.cat((q[..., :size], apply_rope(q[..., size:], cos, sin, spec.interleaved)), dim=-1)
+    turned = apply_rope(rope_key[:, None], cos, sin, spec.interleaved)
+    entry = torch.cat((latent[:, None], turned), dim=-1)
+    block_size = cache.shape[2]
+    cache[ctx.slot_mapping // block_size, :, ctx.slot_mapping % block_size] = entry.to(cache.dtype)
+    return paged_attention(q, cache, cache[..., :size], ctx, spec)
+
+
+def _split_heads(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, (H + 2 Hkv) * D] -> q [T, H, D], k and v [T, Hkv, D], clipped and normalized."""
+    if spec.clip is not None:
+        qkv = qkv.clamp(-spec.clip, spec.clip)
+    counts = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    q, k, v = qkv.view(qkv.shape[0], -1, spec.head_dim).split(counts, dim=1)
+    if spec.q_norm is not None and spec.k_norm is not None:
+        q = rms_norm(q, spec.q_norm, spec.qk_norm_eps, spec.qk_norm_offset)
+        k = rms_norm(k, spec.k_norm, spec.qk_norm_eps, spec.qk_norm_offset)
+    return q, k, v
+
+
+def _grow(q: Tensor, ctx: ForwardContext, spec: AttentionSpec) -> Tensor:
+    """Queries beyond logn_length, longer by log_length(position). https://arxiv.org/abs/2202.12172"""
+    if spec.logn_length is None:
+        return q
+    growth = torch.log((ctx.positions + 1).float()) / math.log(spec.logn_length)
+    return (q * growth.clamp(min=1)[:, None, None]).to(q.dtype)
+
+
+def _rotate_keys(k: Tensor, frequencies: Tensor, spec: AttentionSpec) -> Tensor:
+    """Turn keys [B, Hkv, c, D] of positions 0 .. c-1 with frequencies [B, R / 2] of each request."""
+    batch, _, count, _ = k.shape
+    positions = torch.arange(count, device=k.device, dtype=torch.float32)
+    angles = (positions[:, None] * frequencies[:, None]).flatten(0, 1)
+    rows = k.transpose(1, 2).flatten(0, 1)
+    return apply_rope(rows, angles.cos(), angles.sin(), spec.interleaved).unflatten(0, (batch, count)).transpose(1, 2)
+
+
+def _equal_runs(frequencies: Tensor, ctx: ForwardContext) -> list[tuple[int, int, int]]:
+    """Runs of consecutive tokens of one request with the same frequencies, as (request, first token, end)."""
+    differs = (frequencies[1:] != frequencies[:-1]).any(dim=-1).tolist()
+    runs = []
+    start = 0
+    for row, count in enumerate(ctx.query_lens):
+        last = start + count
+        for token in range(start + 1, last + 1):
+            if token == last or differs[token - 1]:
+                runs.append((row, start, token))
+                start = token
+    return runs
 
 
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext, spec: AttentionSpec) -> Tensor:
@@ -99,7 +187,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, spec: AttentionS
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     key_positions = torch.arange(k.shape[2], device=q.device)
     if spec.alibi_slopes is not None:
-        scores = scores + spec.alibi_slopes.view(1, kv_heads, group, 1, 1) * key_positions
+        scores = scores + _alibi(key_positions, spec).view(1, kv_heads, group, 1, -1)
     hidden = key_positions > positions[..., None]
     if spec.window is not None:
         hidden |= key_positions <= positions[..., None] - spec.window
@@ -108,6 +196,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, spec: AttentionS
     out = probabilities.to(v.dtype).view(batch, kv_heads, group * count, -1) @ v
     out = out.view(batch, kv_heads, group, count, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, count, heads, -1).to(q.dtype)
+
+
+def _alibi(key_positions: Tensor, spec: AttentionSpec) -> Tensor:
+    """The bias of each head on keys at the given positions, [H, c] float32. https://arxiv.org/abs/2108.12409"""
+    assert spec.alibi_slopes is not None
+    if spec.alibi_unscaled:
+        return (spec.alibi_slopes.bfloat16()[:, None] * key_positions).float() * spec.scale
+    return spec.alibi_slopes[:, None] * key_positions
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -1,0 +1,356 @@
+"""Where text meets token ids: prompts in, Responses out, over one engine client.
+
+Two faces share the same per-request code: `stream` blocks and works in any thread, inside a running event loop too;
+`generate` is asynchronous. It knows neither HTTP nor command lines, and nothing of how the engine computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lmdeploy import hub
+from lmdeploy.answer import AnswerStream, error_response
+from lmdeploy.chat_template import ChatTemplate, choose_chat_template
+from lmdeploy.engine.client import EngineClient, ThreadClient
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.request import Request, RequestOutput
+from lmdeploy.errors import EngineDead, InvalidParameter, RequestError
+from lmdeploy.generation import PIPELINE_DEFAULTS, effective_config, read_defaults, sampling_params, single_token
+from lmdeploy.logging import get_logger
+from lmdeploy.messages import ChatTemplateConfig, GenerationConfig, Response
+from lmdeploy.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+
+# Requests handed to the engine at once, as a multiple of its batch: enough never to starve it, and a list of 100,000
+# prompts is not tokenized into memory.
+_SUBMITTED_BATCHES = 4
+_NO_VISION = "{}: vision models are not supported yet, give text only"
+
+
+class AsyncEngine:
+    """A model with its tokenizer, chat template and defaults, and an engine that runs it."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        generation_defaults: GenerationConfig = PIPELINE_DEFAULTS,
+        max_log_len: int | None = None,
+    ) -> None:
+        """generation_defaults: for requests without a config, and for sampling fields that theirs leaves open.
+        max_log_len: characters of a prompt that the log shows at level INFO; None is all. The attribute end_token_ids holds
+        what ends an answer to a rendered prompt."""
+        self.model_path = model_path
+        self.client = client
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.generation_defaults = generation_defaults
+        self._max_log_len = max_log_len
+        self._end_ids = [*client.info.eos_token_ids, *tokenizer.eos_token_ids]
+        template_words = chat_template.stop_words if chat_template else []
+        template_ids = chat_template.stop_token_ids(tokenizer) if chat_template else []
+        self.end_token_ids: list[int] = list(dict.fromkeys([*self._end_ids, *template_ids]))
+        self._template_stop_words = [word for word in template_words if single_token(tokenizer, word) is None]
+
+    def effective_config(self, config: GenerationConfig | None = None) -> GenerationConfig:
+        """What a request with this config is sampled with, every default filled in."""
+        return effective_config(config, self.generation_defaults)
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        do_preprocess: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+    ) -> list[int]:
+        """The token ids of a prompt.
+
+        A str becomes a user's message, and a list of OpenAI messages is rendered, by the chat template; without one, or
+        with do_preprocess=False, a str is encoded as it is. A list of ids is taken as it is. Raises InvalidParameter.
+        """
+        if isinstance(prompt, str):
+            if not (do_preprocess and self.chat_template):
+                return self.tokenizer.encode(prompt)
+            messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        elif _is_token_ids(prompt):
+            return [int(token) for token in prompt]  # type: ignore[arg-type]
+        else:
+            messages = _text_messages(prompt)
+            if not self.chat_template:
+                raise InvalidParameter("this model has no chat template: give text, or name a template for it")
+            if not do_preprocess:
+                raise InvalidParameter("do_preprocess=False takes text or token ids, not a list of messages")
+        return self.chat_template.render_ids(
+            messages, self.tokenizer, add_generation_prompt=True, tools=tools, enable_thinking=enable_thinking
+        )
+
+    def stream(
+        self,
+        prompts: Iterable[tuple[Prompt, GenerationConfig | None]],
+        *,
+        do_preprocess: bool = True,
+        is_streaming: bool = True,
+    ) -> Iterator[Response]:
+        """Answer all prompts together; yields what is new of any of them as it comes.
+
+        Response.index counts the answers prompt by prompt: a prompt whose config says n has n of them. With
+        is_streaming=False each answer is one Response. A request at fault gives a Response with finish_reason 'error'
+        and the others go on; EngineDead is raised. Closing the iterator aborts what still runs.
+        """
+        inbox: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+        active: dict[str, AnswerStream] = {}
+        limit = _SUBMITTED_BATCHES * self.client.info.max_batch_size
+        waiting = self._answers(prompts, do_preprocess, is_streaming)
+        is_exhausted = False
+        try:
+            while True:
+                while not is_exhausted and len(active) < limit:
+                    answer = next(waiting, None)
+                    is_exhausted = answer is None
+                    try:
+                        if isinstance(answer, AnswerStream):
+                            self._submit(answer, active, inbox.put)
+                    except RequestError as error:
+                        answer = error_response(error, answer.index, len(answer.request.prompt_ids))
+                    if isinstance(answer, Response):
+                        yield answer
+                if not active:
+                    return
+                if response := self._receive(inbox.get(), active):
+                    yield response
+        finally:
+            self._abort(active)
+
+    async def generate(
+        self,
+        prompt: Prompt | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        do_preprocess: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        is_streaming: bool = True,
+    ) -> AsyncIterator[Response]:
+        """Answer one prompt, or its input_ids; Response.index is the answer's number, 0 to n - 1.
+
+        Raises RequestError before the first Response if the request is refused, and EngineDead. Closing the iterator, or
+        cancelling the task that runs it, aborts the request.
+        """
+        given = input_ids if input_ids is not None else prompt
+        if given is None:
+            raise InvalidParameter("the request has neither a prompt nor input_ids")
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        active: dict[str, AnswerStream] = {}
+
+        def deliver(output: RequestOutput) -> None:
+            try:
+                loop.call_soon_threadsafe(inbox.put_nowait, output)
+            except RuntimeError:  # the loop was closed with the request still running
+                self.client.abort(output.request_id)
+
+        prepare = partial(
+            self._prepare,
+            given,
+            gen_config,
+            do_preprocess=do_preprocess,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            is_streaming=is_streaming,
+        )
+        try:
+            for answer in await asyncio.to_thread(prepare):  # a long prompt must not hold up the event loop
+                self._submit(answer, active, deliver)
+            while active:
+                if response := self._receive(await inbox.get(), active):
+                    yield response
+        finally:
+            self._abort(active)
+
+    def close(self) -> None:
+        """End what runs and free the engine's memory. May be called again."""
+        self.client.close()
+
+    def _answers(
+        self, prompts: Iterable[tuple[Prompt, GenerationConfig | None]], do_preprocess: bool, is_streaming: bool
+    ) -> Iterator[AnswerStream | Response]:
+        """The prompts' answers, ready to submit, encoded no earlier than they are asked for; errors as Responses."""
+        index = 0
+        for prompt, gen_config in prompts:
+            n = self.effective_config(gen_config).n
+            try:
+                yield from self._prepare(
+                    prompt, gen_config, index=index, do_preprocess=do_preprocess, is_streaming=is_streaming
+                )
+            except RequestError as error:
+                yield from (error_response(error, index + number) for number in range(n))
+            index += n
+
+    def _prepare(
+        self,
+        prompt: Prompt,
+        gen_config: GenerationConfig | None,
+        *,
+        index: int = 0,
+        do_preprocess: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        is_streaming: bool = True,
+    ) -> list[AnswerStream]:
+        """The n answers to one prompt, numbered from `index`; a seed is counted up, so that they differ."""
+        ids = self.encode(prompt, do_preprocess=do_preprocess, tools=tools, enable_thinking=enable_thinking)
+        config = self.effective_config(gen_config)
+        is_rendered = do_preprocess and self.chat_template is not None and not _is_token_ids(prompt)
+        stop_words = list(config.stop_words or [])
+        if is_rendered and not config.ignore_eos:
+            stop_words += self._template_stop_words
+        sampling = sampling_params(
+            config,
+            self.tokenizer,
+            end_token_ids=self.end_token_ids if is_rendered else self._end_ids,
+            max_new_tokens=max(self.client.info.session_len - len(ids), 1),
+        )
+        answers = []
+        for number in range(config.n):
+            seed = None if sampling.seed is None else sampling.seed + number
+            name = request_id or uuid.uuid4().hex
+            name = name if config.n == 1 else f"{name}-{number}"
+            request = Request(name, ids, replace(sampling, seed=seed), cache_salt)
+            _log_prompt(request, prompt, self._max_log_len)
+            answers.append(
+                AnswerStream(
+                    request,
+                    self.tokenizer,
+                    config,
+                    index=index + number,
+                    stop_words=stop_words,
+                    is_streaming=is_streaming,
+                )
+            )
+        return answers
+
+    def _submit(
+        self, answer: AnswerStream, active: dict[str, AnswerStream], deliver: Callable[[RequestOutput], None]
+    ) -> None:
+        """Hand a request to the engine; `active` holds it once the engine has taken it."""
+        self.client.submit(answer.request, deliver)
+        active[answer.request.request_id] = answer
+
+    def _receive(self, output: RequestOutput, active: dict[str, AnswerStream]) -> Response | None:
+        """The Response that an output brings; ends the request where its text ends."""
+        if isinstance(output.error, EngineDead):
+            raise output.error
+        answer = active.get(output.request_id)
+        if answer is None:  # surplus tokens of an answer that a stop string has ended
+            return None
+        response = answer.add(output)
+        if answer.finish_reason is not None:
+            del active[output.request_id]
+            if not output.is_finished:
+                self.client.abort(output.request_id)
+        return response
+
+    def _abort(self, active: dict[str, AnswerStream]) -> None:
+        for request_id in active:
+            self.client.abort(request_id)
+
+
+def open_engine(
+    model_path: str | None,
+    config: EngineConfig,
+    *,
+    chat_template_config: ChatTemplateConfig | None = None,
+    defaults: GenerationConfig = PIPELINE_DEFAULTS,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    max_log_len: int | None = None,
+    start: Callable[[Path, EngineConfig], EngineClient] = ThreadClient,
+) -> AsyncEngine:
+    """Fetch the model if need be, load it and start its engine.
+
+    start: ThreadClient for an engine in this process, ProcessClient for one of its own. Raises ConfigError,
+    ModelNotSupported, CheckpointError.
+    """
+    path = hub.resolve(model_path, revision=revision, download_dir=download_dir)
+    tokenizer = Tokenizer.from_path(path)
+    template = choose_chat_template(path, tokenizer, _hf_config(path), chat_template_config)
+    return AsyncEngine(path, start(path, config), tokenizer, template, read_defaults(path, defaults), max_log_len)
+
+
+def _hf_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder; nothing for a GGUF file. Whether it is a good one is the loader's question."""
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def check_prompt(prompt: object) -> None:
+    """Raise InvalidParameter unless the prompt is text, messages of text, or token ids."""
+    if not isinstance(prompt, str) and not _is_token_ids(prompt):
+        _text_messages(prompt)
+
+
+def _is_token_ids(prompt: object) -> bool:
+    if isinstance(prompt, (str, Mapping)) or not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return isinstance(prompt[0], int) and not isinstance(prompt[0], bool)
+
+
+def _text_messages(prompt: object) -> list[dict[str, Any]]:
+    """OpenAI messages with the blocks of each content joined to one text."""
+    if isinstance(prompt, tuple):
+        raise InvalidParameter(_NO_VISION.format("the prompt is a tuple of text and images"))
+    if not isinstance(prompt, Sequence) or not prompt or not all(isinstance(item, Mapping) for item in prompt):
+        raise InvalidParameter(
+            f"a prompt of type {type(prompt).__name__}: give a str, a list of messages such as "
+            "[{'role': 'user', 'content': 'Hi'}], or a list of token ids"
+        )
+    return [_text_message(message) for message in prompt]
+
+
+def _text_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message.get("role"), str):
+        raise InvalidParameter(f"message {dict(message)!r} has no role: use system, user, assistant or tool")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return {**message, "content": content or ""}
+    if not isinstance(content, Sequence):
+        raise InvalidParameter(f"content of type {type(content).__name__}: give a str or a list of content blocks")
+    texts = []
+    for block in content:
+        kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+        if kind != "text":
+            raise InvalidParameter(_NO_VISION.format(f"a message holds a block of type {kind!r}"))
+        texts.append(str(block.get("text", "")))
+    return {**message, "content": "".join(texts)}
+
+
+def _log_prompt(request: Request, prompt: Prompt, max_log_len: int | None) -> None:
+    logger = get_logger()
+    if logger.isEnabledFor(logging.INFO):
+        count, sampling = len(request.prompt_ids), request.sampling
+        shown = str(prompt)[:max_log_len]
+        logger.info("request %s: %d prompt tokens, %s, %r", request.request_id, count, sampling, shown)

@@ -1,0 +1,41 @@
+"""CPU kernels in C++, compiled at first use: quantized and bfloat16 linear layers, attention, norms.
+
+They take and return CPU tensors and know no module. Where `is_available()` is False the plain twins run instead.
+"""
+
+from __future__ import annotations
+
+from lmdeploy.kernels.cpu.attention import rope_store_attend, supports
+from lmdeploy.kernels.cpu.build import is_available, library
+from lmdeploy.kernels.cpu.linear import (
+    can_multiply_dense,
+    dense_linear,
+    embed,
+    gated_activation,
+    gated_mlp,
+    linear,
+    rms_norm,
+)
+from lmdeploy.kernels.cpu.packed import PackedAffine, pack, unpack
+
+__all__ = [
+    "PackedAffine",
+    "can_multiply_dense",
+    "dense_linear",
+    "embed",
+    "gated_activation",
+    "gated_mlp",
+    "instruction_set",
+    "is_available",
+    "linear",
+    "pack",
+    "rms_norm",
+    "rope_store_attend",
+    "supports",
+    "unpack",
+]
+
+
+def instruction_set() -> str:
+    """What the kernels were compiled for: avx512-vnni-bf16, avx512-vnni, avx2-vnni, avx2 or portable."""
+    return library().lm_instruction_set().decode()  # type: ignore[no-any-return]

@@ -1,0 +1,69 @@
+"""Falcon: LayerNorm, an ungated MLP beside or after the attention, rotary embedding or ALiBi."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lmdeploy.layers.context import ForwardContext
+from lmdeploy.layers.mlp import MLP
+from lmdeploy.layers.norm import LayerNorm, Norm
+from lmdeploy.models.base import CausalLM
+from lmdeploy.models.llama import LlamaDecoderLayer
+
+
+class FalconParallelLayer(nn.Module):
+    """x + attention(norm x) + mlp(norm x), both reading one norm or each its own."""
+
+    def __init__(self, model: CausalLM, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = model.make_norm()
+        self.self_attn = model.make_attention(index)
+        self.mlp_layernorm = model.make_norm() if model.config.variant == "two norms" else None
+        self.mlp = model.make_mlp(index)
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        attended = self.self_attn(x, self.input_layernorm, ctx, residual=x)
+        return self.mlp(x, self.mlp_layernorm or self.input_layernorm, residual=attended)
+
+
+class FalconForCausalLM(CausalLM):
+    """https://arxiv.org/abs/2311.16867"""
+
+    config_keys = {
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "n_head_kv": "num_kv_heads",
+        "ffn_hidden_size": "intermediate_size",
+    }
+    config_defaults = {
+        "tie_word_embeddings": True,
+        "layer_norm_epsilon": 1e-5,
+        "activation": "gelu",
+        "parallel_attn": True,
+        "multi_query": True,
+    }
+
+    @classmethod
+    def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        heads, bias, new = hf["num_attention_heads"], bool(hf.get("bias")), bool(hf.get("new_decoder_architecture"))
+        fields: dict[str, Any] = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bias}
+        fields["num_kv_heads"] = hf.get("num_kv_heads") or heads if new else 1 if hf["multi_query"] else heads
+        fields["variant"] = "one norm" if new or hf["parallel_attn"] else "sequential"
+        if new and hf.get("num_ln_in_parallel_attn") in (None, 2):
+            fields["variant"] = "two norms"
+        if hf.get("alibi"):
+            fields |= {"rope": None, "alibi": "unscaled"}
+        return fields
+
+    def make_layer(self, index: int) -> nn.Module:
+        return LlamaDecoderLayer(self, index) if self.config.variant == "sequential" else FalconParallelLayer(self, index)
+
+    def make_norm(self) -> Norm:
+        return LayerNorm(self.config.hidden_size, self.config.norm_eps)
+
+    def make_mlp(self, index: int) -> MLP:
+        config = self.config
+        return MLP(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)

@@ -1,0 +1,20 @@
+"""GLM-4-0414: norms around each block, interleaved rotation of half of each head, stored fused gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lmdeploy.models.gemma import SandwichDecoderLayer
+from lmdeploy.models.llama import LlamaForCausalLM
+
+
+class Glm4ForCausalLM(LlamaForCausalLM):
+    """https://arxiv.org/abs/2406.12793"""
+
+    layer_class = SandwichDecoderLayer
+    config_defaults = {"partial_rotary_factor": 0.5, "rope_interleaved": True}
+
+    @classmethod
+    def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {"o_bias": False}
