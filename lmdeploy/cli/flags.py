@@ -43,7 +43,8 @@ ENGINE_FLAGS: tuple[EngineFlag, ...] = (
     EngineFlag("max_batch_size", "requests computed together", metavar="N"),
     EngineFlag(
         "cache_max_entry_count",
-        "share of the memory that is free after the weights which the KV cache may take, or a whole number of blocks",
+        "share of the memory left free by the weights that the KV cache may take, or a whole number of blocks; "
+        "on a CPU at most 4 GiB unless given",
         metavar="SHARE",
     ),
     EngineFlag("cache_block_seq_len", "tokens of one KV block", metavar="TOKENS"),
@@ -109,7 +110,7 @@ def add_engine_flags(parser: Parser, defaults: Mapping[str, Any] | None = None) 
             metavar=None if flag.choices else flag.metavar,
             **options,
         )
-    parser.add_argument(
+    group.add_argument(
         "--trust-remote-code", action="store_true", help="accepted; models run from this package's own code only"
     )
 

@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 34, **kwargs})
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an unknown option or command is an error that names the closest known ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("formatter_class", _Formatter)
         super().__init__(*args, **kwargs)
 
     # The signature differs from typeshed's overloads only in their generic namespace.

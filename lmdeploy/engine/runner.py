@@ -33,10 +33,13 @@ class PendingStep:
 
     plan: StepPlan
     tokens: Tensor
+    tokens_have_arrived: torch.cuda.Event | None
     reports: list[Report]
 
     def wait(self) -> list[int | None]:
         """The sampled token of each scheduled entry; None where an entry samples nothing."""
+        if self.tokens_have_arrived is not None:
+            self.tokens_have_arrived.synchronize()
         sampled = iter(self.tokens.tolist())
         return [next(sampled) if entry.samples else None for entry in self.plan.scheduled]
 
@@ -62,7 +65,7 @@ class Runner:
         hidden_states = self.model(batch.input_ids, batch.ctx)
         sampled, sample_logits = self._sample(batch, hidden_states)
         reports = self._report(batch, hidden_states, sampled, sample_logits)
-        return PendingStep(plan, sampled.tokens, reports)
+        return PendingStep(plan, *_copy_to_host(sampled.tokens), reports)
 
     def _sample(self, batch: Batch, hidden_states: Tensor) -> tuple[Sampled, Tensor | None]:
         states = batch.sampling_states
@@ -124,3 +127,14 @@ class Runner:
             for logits, wanted in zip(self._logits(rows), targets.split(_LOGIT_ROWS), strict=True)
         ]
         return torch.cat([torch.empty(0, device=rows.device), *parts])
+
+
+def _copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy that does not wait for the device, and the event that ends it; later steps may queue up behind it."""
+    if tokens.device.type != "cuda":
+        return tokens, None
+    host = torch.empty_like(tokens, device="cpu", pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event

@@ -1,17 +1,26 @@
-"""The operations, each one function; what runs is picked by the tensors' device. No config, no module below this line."""
+"""The operations, each one function; what runs is picked by the tensors' device. No config and no module below this line."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lmdeploy.kernels import cpu
+from lmdeploy.kernels.reference import attention, basic
 from lmdeploy.kernels.reference.attention import (
     apply_rope,
     latent_store_attend,
     paged_attention,
-    rope_store_attend,
     store_kv,
     store_rotate_attend,
 )
-from lmdeploy.kernels.reference.basic import activate, gated_activation, rms_norm
+from lmdeploy.kernels.reference.basic import activate
 from lmdeploy.kernels.reference.moe import routed_mlp
+from lmdeploy.kernels.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from lmdeploy.layers.context import ForwardContext
 
 __all__ = [
     "activate",
@@ -25,3 +34,34 @@ __all__ = [
     "store_kv",
     "store_rotate_attend",
 ]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / rms(x) * (offset + weight) over the last dimension."""
+    if cpu.can_run(x):
+        return cpu.rms_norm(x, weight, eps, offset)
+    return basic.rms_norm(x, weight, eps, offset)
+
+
+def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up: [T, 2 I] -> [T, I], gate in the first half."""
+    if cpu.can_run(gate_up):
+        return cpu.gated_activation(gate_up, activation)
+    return basic.gated_activation(gate_up, activation)
+
+
+def rope_store_attend(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    ctx: ForwardContext,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Per-head norms, rotation, cache write and attention of one layer: [T, (H + 2 Hkv) * D] -> [T, H * D].
+
+    cos, sin: [T, R/2] float32. keys, values: [NB, Hkv, S, D]. Arguments and result as in the reference.
+    """
+    run = cpu.rope_store_attend if cpu.can_run(qkv) and cpu.supports(spec, qkv.dtype) else attention.rope_store_attend
+    return run(qkv, cos, sin, keys, values, ctx, spec)

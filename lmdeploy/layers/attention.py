@@ -129,9 +129,7 @@ class LatentAttention(nn.Module):
         q = torch.cat((torch.einsum("thn,hnl->thl", nope, to_keys), rope), dim=-1)
         cos, sin = self.rotary.tables(ctx)
         cache, _ = ctx.kv_cache.layer(self.layer_index)
-        out = kernels.latent_store_attend(
-            q, self.kv_a_layernorm(latent), rope_key, cos, sin, cache, ctx, self.spec
-        )
+        out = kernels.latent_store_attend(q, self.kv_a_layernorm(latent), rope_key, cos, sin, cache, ctx, self.spec)
         return self.o_proj(torch.einsum("thl,hvl->thv", out, to_values).flatten(1), residual=residual)
 
 

@@ -115,7 +115,9 @@ class Rotary:
             return (self._exponents,)
         plain = config.theta**-self._exponents
         if config.kind == "longrope":
-            divisors = (torch.tensor(d, dtype=torch.float64, device="cpu") for d in (config.short_factor, config.long_factor))
+            divisors = (
+                torch.tensor(d, dtype=torch.float64, device="cpu") for d in (config.short_factor, config.long_factor)
+            )
             return tuple((plain / divisor).float() for divisor in divisors)
         if config.kind == "linear":
             plain = plain / config.factor

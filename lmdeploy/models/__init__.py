@@ -55,6 +55,8 @@ MODEL_TYPES: dict[str, str] = {
 def model_class(architecture: str) -> type[CausalLM]:
     """The model class of a Hugging Face architecture. Raises ModelNotSupported."""
     if architecture not in ARCHITECTURES:
-        raise ModelNotSupported(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise ModelNotSupported(
+            f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
     module, name = ARCHITECTURES[architecture].split(":")
     return getattr(import_module(f"lmdeploy.models.{module}"), name)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from typing import Any
 from lmdeploy.models.config import require
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.rope_config import read_rope
+from lmdeploy.models.weights import Rename, Skip, WeightMap
 
 
 class ChatGLMForConditionalGeneration(LlamaForCausalLM):
@@ -21,6 +22,18 @@ class ChatGLMForConditionalGeneration(LlamaForCausalLM):
         "seq_length": "max_position_embeddings",
     }
     config_defaults = {"partial_rotary_factor": 0.5, "rope_interleaved": True}
+
+    weight_map = WeightMap(
+        Skip(r"\.rotary_pos_emb\."),
+        Rename(r"^transformer\.embedding\.word_embeddings\.", "embed_tokens."),
+        Rename(r"^transformer\.output_layer\.", "lm_head."),
+        Rename(r"^transformer\.encoder\.final_layernorm\.", "norm."),
+        Rename(r"^transformer\.encoder\.", ""),
+        Rename(r"\.self_attention\.query_key_value\.", ".self_attn.qkv_proj."),
+        Rename(r"\.self_attention\.dense\.", ".self_attn.o_proj."),
+        Rename(r"\.mlp\.dense_h_to_4h\.", ".mlp.gate_up_proj."),
+        Rename(r"\.mlp\.dense_4h_to_h\.", ".mlp.down_proj."),
+    )
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:

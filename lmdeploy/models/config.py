@@ -1,4 +1,4 @@
-"""What a model is, in one vocabulary, and the only reader of Hugging Face and GGUF configs. It knows no tensor and no device."""
+"""What a model is, in one vocabulary, and the only reader of Hugging Face configs. It knows no tensor and no device."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ class ModelConfig:
         """
         config = self
         if (rope_scaling_factor > 0 or use_logn_attn) and self.rope is None:
-            raise ConfigError(f"{self.architecture} has no rotary embedding: rope_scaling_factor and use_logn_attn do not apply")
+            raise ConfigError(
+                f"{self.architecture} has no rotary embedding: rope_scaling_factor and use_logn_attn do not apply"
+            )
         if rope_scaling_factor > 0 and config.rope is not None:
             config = replace(config, rope=_dynamic(config.rope, rope_scaling_factor, self.max_position_embeddings))
         if use_logn_attn and config.logn_length is None:
@@ -142,7 +144,7 @@ class ModelConfig:
 
 
 def load_config(path: str | Path, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The config of a checkpoint folder or a GGUF file. hf_overrides replaces keys of config.json, nested mappings by merging."""
+    """The config of a checkpoint folder or a GGUF file; hf_overrides is laid over config.json, key by key where nested."""
     hf = merge(read_hf_config(Path(path)), hf_overrides or {})
     return ModelConfig.from_hf(hf)
 

@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from lmdeploy.layers.norm import LayerNorm, Norm
+from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
+from lmdeploy.models.weights import ExpertRows, Rename, Transform, WeightMap
+
+
+def transposed_experts(weight: Tensor, config: ModelConfig) -> Tensor:
+    """The last projection of all experts is stored input first: [E * I, C] -> [E * C, I]."""
+    return weight.unflatten(0, (-1, config.intermediate_size)).transpose(1, 2).flatten(0, 1)
 
 
 class DbrxForCausalLM(LlamaForCausalLM):
@@ -29,6 +38,21 @@ class DbrxForCausalLM(LlamaForCausalLM):
         "ffn_config.ffn_act_fn.name": "hidden_act",
     }
     config_defaults = {"layer_norm_epsilon": 1e-5, "moe_normalize_expert_weights": 1.0}
+
+    weight_map = WeightMap(
+        Rename(r"^transformer\.wte\.", "embed_tokens."),
+        Rename(r"^transformer\.norm_f\.", "norm."),
+        Rename(r"^transformer\.blocks\.", "layers."),
+        Rename(r"\.norm_attn_norm\.norm_1\.", ".input_layernorm."),
+        Rename(r"\.norm_attn_norm\.norm_2\.", ".post_attention_layernorm."),
+        Rename(r"\.norm_attn_norm\.attn\.Wqkv\.", ".self_attn.qkv_proj."),
+        Rename(r"\.norm_attn_norm\.attn\.out_proj\.", ".self_attn.o_proj."),
+        Rename(r"\.ffn\.router\.layer\.", ".mlp.router."),
+        ExpertRows(r"\.ffn\.experts\.mlp\.w1$", ".mlp.gate_up_proj.weight", slot=0, slots=2),
+        ExpertRows(r"\.ffn\.experts\.mlp\.v1$", ".mlp.gate_up_proj.weight", slot=1, slots=2),
+        Transform(r"\.ffn\.experts\.mlp\.w2$", transposed_experts),
+        Rename(r"\.ffn\.experts\.mlp\.w2$", ".mlp.down_proj.weight"),
+    )
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lmdeploy.models.llama import LlamaForCausalLM
+from lmdeploy.models.config import ModelConfig
+from lmdeploy.models.llama import ROUTED_WEIGHT_MAP, LlamaForCausalLM
 from lmdeploy.models.moe_config import MLAConfig, read_moe
 from lmdeploy.models.rope_config import mscale, read_rope, rope_parameters
+from lmdeploy.models.weights import Piece, Rename, Stack, WeightMap
+
+
+class SkipExtraLayers:
+    """A weight-map rule: layers beyond the model's own predict further tokens for speculation and are left out."""
+
+    def apply(self, piece: Piece, config: ModelConfig) -> Sequence[Piece]:
+        match = re.match(r"model\.layers\.(\d+)\.", piece.name)
+        return () if match and int(match[1]) >= config.num_layers else (piece,)
+
+
+LATENT_WEIGHT_MAP = WeightMap(
+    SkipExtraLayers(),
+    Rename(r"\.self_attn\.q_proj\.", ".self_attn.q_a_proj."),
+    Rename(r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.router.score_bias"),
+    Stack("self_attn.qkv_a_proj", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")),
+    *ROUTED_WEIGHT_MAP.rules,
+)
 
 
 def latent_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,6 +54,7 @@ def latent_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 class DeepseekV2ForCausalLM(LlamaForCausalLM):
     """https://arxiv.org/abs/2405.04434. Chosen weights are normalized or scaled, never both."""
 
+    weight_map = LATENT_WEIGHT_MAP
     config_defaults = {"rope_interleaved": True}
 
     @classmethod
@@ -47,6 +68,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
 class DeepseekV3ForCausalLM(LlamaForCausalLM):
     """https://arxiv.org/abs/2412.19437"""
 
+    weight_map = LATENT_WEIGHT_MAP
     config_defaults = {"rope_interleaved": True}
 
     @classmethod

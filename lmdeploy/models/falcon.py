@@ -12,6 +12,7 @@ from lmdeploy.layers.mlp import MLP
 from lmdeploy.layers.norm import LayerNorm, Norm
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.llama import LlamaDecoderLayer
+from lmdeploy.models.weights import Rename, Rows, WeightMap, grouped_qkv
 
 
 class FalconParallelLayer(nn.Module):
@@ -46,6 +47,19 @@ class FalconForCausalLM(CausalLM):
         "multi_query": True,
     }
 
+    weight_map = WeightMap(
+        Rename(r"^transformer\.word_embeddings\.", "embed_tokens."),
+        Rename(r"^transformer\.ln_f\.", "norm."),
+        Rename(r"^transformer\.h\.", "layers."),
+        Rename(r"\.ln_attn\.", ".input_layernorm."),
+        Rename(r"\.ln_mlp\.", ".mlp_layernorm."),
+        Rename(r"\.self_attention\.query_key_value\.", ".self_attn.qkv_proj."),
+        Rename(r"\.self_attention\.dense\.", ".self_attn.o_proj."),
+        Rename(r"\.mlp\.dense_h_to_4h\.", ".mlp.up_proj."),
+        Rename(r"\.mlp\.dense_4h_to_h\.", ".mlp.down_proj."),
+        Rows(r"\.qkv_proj\.", grouped_qkv),
+    )
+
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         heads, bias, new = hf["num_attention_heads"], bool(hf.get("bias")), bool(hf.get("new_decoder_architecture"))
@@ -59,7 +73,9 @@ class FalconForCausalLM(CausalLM):
         return fields
 
     def make_layer(self, index: int) -> nn.Module:
-        return LlamaDecoderLayer(self, index) if self.config.variant == "sequential" else FalconParallelLayer(self, index)
+        return (
+            LlamaDecoderLayer(self, index) if self.config.variant == "sequential" else FalconParallelLayer(self, index)
+        )
 
     def make_norm(self) -> Norm:
         return LayerNorm(self.config.hidden_size, self.config.norm_eps)

@@ -6,10 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmdeploy.models.llama import LlamaForCausalLM
+from lmdeploy.models.weights import Rename, Rows, WeightMap, grouped_qkv
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
     """https://arxiv.org/abs/2403.17297"""
+
+    weight_map = WeightMap(
+        Rename(r"^model\.tok_embeddings\.", "embed_tokens."),
+        Rename(r"^output\.", "lm_head."),
+        Rename(r"\.attention_norm\.", ".input_layernorm."),
+        Rename(r"\.ffn_norm\.", ".post_attention_layernorm."),
+        Rename(r"\.attention\.wqkv\.", ".self_attn.qkv_proj."),
+        Rename(r"\.attention\.wo\.", ".self_attn.o_proj."),
+        Rename(r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+        Rename(r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+        Rename(r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+        Rows(r"\.qkv_proj\.", grouped_qkv),
+        *LlamaForCausalLM.weight_map.rules,
+    )
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:

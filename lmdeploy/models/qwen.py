@@ -8,6 +8,7 @@ from typing import Any
 from lmdeploy.models.config import require
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.rope_config import read_rope
+from lmdeploy.models.weights import Rename, WeightMap
 
 
 class QWenLMHeadModel(LlamaForCausalLM):
@@ -24,6 +25,20 @@ class QWenLMHeadModel(LlamaForCausalLM):
         "padded_vocab_size": "vocab_size",
     }
     config_defaults = {"intermediate_size": 22016}
+
+    weight_map = WeightMap(
+        Rename(r"^transformer\.wte\.", "embed_tokens."),
+        Rename(r"^transformer\.ln_f\.", "norm."),
+        Rename(r"^transformer\.h\.", "layers."),
+        Rename(r"\.ln_1\.", ".input_layernorm."),
+        Rename(r"\.ln_2\.", ".post_attention_layernorm."),
+        Rename(r"\.attn\.c_attn\.", ".self_attn.qkv_proj."),
+        Rename(r"\.attn\.c_proj\.", ".self_attn.o_proj."),
+        Rename(r"\.mlp\.w2\.", ".mlp.gate_proj."),
+        Rename(r"\.mlp\.w1\.", ".mlp.up_proj."),
+        Rename(r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+        *LlamaForCausalLM.weight_map.rules,
+    )
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lmdeploy.models.llama import LlamaForCausalLM
+from lmdeploy.models.llama import ROUTED_WEIGHT_MAP, LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
 
 
@@ -23,6 +23,7 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
 class Qwen2MoeForCausalLM(LlamaForCausalLM):
     """Routed experts beside a shared one that a sigmoid weighs."""
 
+    weight_map = ROUTED_WEIGHT_MAP
     config_defaults = {"use_sliding_window": False}
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmdeploy.models.llama import LlamaForCausalLM
+from lmdeploy.models.llama import ROUTED_WEIGHT_MAP, LlamaForCausalLM
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
@@ -21,6 +21,7 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
 class Qwen3MoeForCausalLM(LlamaForCausalLM):
     """The same with routed experts."""
 
+    weight_map = ROUTED_WEIGHT_MAP
     config_defaults = {"use_sliding_window": False}
 
     @classmethod

@@ -67,7 +67,7 @@ class FakeDevice:
 prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(
     prompts=prompts,
     max_new=st.integers(1, 9),

@@ -47,7 +47,9 @@ def test_dynamic_follows_the_position_or_the_prompt(position: int, prompt_len: i
     check_angles(config, position, prompt_len, [plain(j, base) for j in range(DIM // 2)])
 
 
-@pytest.mark.parametrize(("prompt_len", "alpha"), [(5, 1), (32, 1), (33, 3), (64, 3), (65, 7), (96, 7), (128, 7), (129, 15)])
+@pytest.mark.parametrize(
+    ("prompt_len", "alpha"), [(5, 1), (32, 1), (33, 3), (64, 3), (65, 7), (96, 7), (128, 7), (129, 15)]
+)
 def test_dynamic_by_prompt_grows_in_steps(prompt_len: int, alpha: int) -> None:
     config = replace(BASE, kind="dynamic_by_prompt")
     base = 10000.0 * alpha ** (DIM / (DIM - 2))

@@ -5,6 +5,8 @@ They take and return CPU tensors and know no module. Where `is_available()` is F
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lmdeploy.kernels.cpu.attention import rope_store_attend, supports
 from lmdeploy.kernels.cpu.build import is_available, library
 from lmdeploy.kernels.cpu.linear import (
@@ -16,11 +18,12 @@ from lmdeploy.kernels.cpu.linear import (
     linear,
     rms_norm,
 )
-from lmdeploy.kernels.cpu.packed import PackedAffine, pack, unpack
+from lmdeploy.kernels.cpu.packed import DTYPES, PackedAffine, pack, unpack
 
 __all__ = [
     "PackedAffine",
     "can_multiply_dense",
+    "can_run",
     "dense_linear",
     "embed",
     "gated_activation",
@@ -34,6 +37,11 @@ __all__ = [
     "supports",
     "unpack",
 ]
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether these kernels are there and take activations like x."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and is_available()
 
 
 def instruction_set() -> str:

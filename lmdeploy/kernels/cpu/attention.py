@@ -61,6 +61,9 @@ def supports(spec: AttentionSpec, dtype: torch.dtype) -> bool:
         and spec.head_dim <= _MAX_HEAD_DIM
         and spec.value_dim == spec.head_dim
         and spec.num_heads % spec.num_kv_heads == 0
+        and spec.clip is None
+        and spec.logn_length is None
+        and not spec.alibi_unscaled
     )
 
 

@@ -4,6 +4,8 @@
 namespace lm {
 namespace {
 
+constexpr int kPrefetchBytes = PFD;
+
 // One activation group: STEPS times four channels.
 template <int BITS, int STEPS, int ROWS>
 inline void dot_group(const uint8_t*& wq, const int32_t*& aq, Dot<BITS>* dot) {
@@ -11,6 +13,7 @@ inline void dot_group(const uint8_t*& wq, const int32_t*& aq, Dot<BITS>* dot) {
 #pragma GCC unroll 4
     for (int step = 0; step < STEPS; step += 2) {
       const W both = w_load(wq);
+      prefetch(wq + kPrefetchBytes);
       const W low = w_low(both), high = w_high(both);
       wq += 64;
 #pragma GCC unroll 16
@@ -23,6 +26,7 @@ inline void dot_group(const uint8_t*& wq, const int32_t*& aq, Dot<BITS>* dot) {
 #pragma GCC unroll 8
     for (int step = 0; step < STEPS; step++) {
       const W w = w_load(wq);
+      prefetch(wq + kPrefetchBytes);
       wq += 64;
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; row++) dot[row].add(w, aq + row);
@@ -45,6 +49,7 @@ void multiply_tile(const Weight& weight, int64_t tile, const int8_t* q, const fl
   for (int64_t group = w.k / w.group; group > 0; group--) {
     F weight_scale, minimum = f_zero();
     load_meta(meta, w, weight_scale, minimum);
+    prefetch(meta + 8 * meta_stride);
     meta += meta_stride;
     for (int part = 0; part < per_weight_group; part++) {
       Dot<BITS> dot[ROWS];

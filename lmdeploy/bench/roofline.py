@@ -1,0 +1,51 @@
+"""How fast decoding could be at best: bytes that a token must read over the memory bandwidth. It runs no model.
+
+Every generated token reads the weights once per step and the keys and values of its context, and computes little beside:
+decoding is bound by memory. Source: the roofline model, https://doi.org/10.1145/1498765.1498785
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lmdeploy.models.config import ModelConfig
+
+# Well beyond any last-level cache, so that what is read comes from memory.
+_BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_REPEATS = 8
+
+
+@dataclass(frozen=True)
+class DecodeFloor:
+    """bandwidth in bytes/s. weight_bytes counts all stored weights: of a mixture of experts, or where the embedding has a
+    table of its own, a token reads fewer, and the true bound lies higher."""
+
+    bandwidth: float
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    def tokens_per_s(self, batch_size: int, context_tokens: float) -> float:
+        """Upper bound for `batch_size` requests that decode together at a mean context of `context_tokens`."""
+        step_bytes = self.weight_bytes + batch_size * context_tokens * self.kv_bytes_per_token
+        return batch_size * self.bandwidth / step_bytes
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that the unquantized KV cache holds of one token, over all layers."""
+    planes, heads, dim = config.kv_shape
+    return config.num_layers * planes * heads * dim * dtype.itemsize
+
+
+def measure_read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a sum over a large buffer reads with torch's threads; the best of several passes."""
+    size = _BUFFER_BYTES[device.type]
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        buffer.sum().item()
+        best = min(best, time.perf_counter() - started)
+    return size / best

@@ -1,0 +1,140 @@
+"""What every chat template does, and the one form of messages they all take. It knows no template."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from lmdeploy.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+# Stands where an unfinished answer ends while its prompt is rendered. Private-use characters: no template trims them.
+_CUT = "\ue0f0cut\ue0f1"
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """The arguments of render, in one piece. variables: what a Jinja template sees besides the messages."""
+
+    add_generation_prompt: bool = True
+    tools: list[dict[str, Any]] | None = None
+    continue_final_message: bool = False
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+class ChatTemplate(ABC):
+    """Turns messages into the prompt a model was trained on.
+
+    name: what `lmdeploy list` and `--chat-template` call it. stop_words: strings that end an answer. capability: "chat", or
+    "completion" and "python", which leave text as it is, or "infilling".
+    """
+
+    name: str = ""
+    stop_words: list[str]
+    capability: str = "chat"
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """The prompt as text, special tokens spelled out.
+
+        messages: OpenAI's form, content a string or a list of text parts. enable_thinking and template_kwargs become
+        variables of a Jinja template; named templates take none. continue_final_message: end inside the last message, an
+        assistant's, so that the answer goes on from it. Raises InvalidParameter for messages the template cannot express.
+        """
+        variables = template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
+        options = RenderOptions(add_generation_prompt, tools, continue_final_message, variables)
+        return self._text(check_messages(messages), options)
+
+    def render_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """The prompt as ids, with begin tokens where the model wants them; arguments as for render."""
+        variables = template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
+        options = RenderOptions(add_generation_prompt, tools, continue_final_message, variables)
+        return self._ids(check_messages(messages), tokenizer, options)
+
+    @abstractmethod
+    def _render(self, messages: list[Message], options: RenderOptions) -> str:
+        """The prompt of checked messages, whatever the capability; continue_final_message is taken care of."""
+
+    def _ids(self, messages: list[Message], tokenizer: Tokenizer, options: RenderOptions) -> list[int]:
+        return tokenizer.encode(self._text(messages, options))
+
+    def _text(self, messages: list[Message], options: RenderOptions) -> str:
+        if self.capability in ("completion", "python"):
+            return "".join(message["content"] or "" for message in messages)
+        if not options.continue_final_message:
+            return self._render(messages, options)
+        last = messages[-1]
+        if last["role"] != "assistant" or not isinstance(last["content"], str):
+            raise InvalidParameter(f"continue_final_message: the last message, of role {last['role']!r}, is no answer to go on from")
+        marked = [*messages[:-1], {**last, "content": last["content"] + _CUT}]
+        text = self._render(marked, replace(options, add_generation_prompt=False))
+        if _CUT not in text:
+            raise InvalidParameter(f"chat template {self.name!r} cannot continue the final message: it rewrites its content")
+        return text.rpartition(_CUT)[0]
+
+    def prompt(self, text: str) -> str:
+        """The prompt of one user turn."""
+        return self.render([{"role": "user", "content": text}])
+
+    def get_prompt(self, text: str, sequence_start: bool = True) -> str:
+        """As `prompt`; with sequence_start=False, what follows an answer that the engine still holds (LMDeploy 0.1)."""
+        turn = {"role": "user", "content": text}
+        if sequence_start or self.capability != "chat":
+            return self.render([turn])
+        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _CUT}]
+        return self.render([*before, turn]).rpartition(_CUT)[2]
+
+    def stop_token_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids of the stop words that are single tokens; the others have to be found in the text."""
+        ids = []
+        for word in self.stop_words:
+            encoded = tokenizer.encode(word, add_special_tokens=False)
+            token_id = tokenizer.special_tokens.get(word, encoded[0] if len(encoded) == 1 else None)
+            if token_id is not None:
+                ids.append(token_id)
+        return list(dict.fromkeys(ids))
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Copies of the messages with a string or None as content; raises InvalidParameter naming the first that is wrong.
+
+    Text parts are joined by line breaks. Parts of another type stay, for the templates of vision-language models.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InvalidParameter(f"messages={messages!r}: give a list of at least one message with role and content")
+    return [_check_message(i, message) for i, message in enumerate(messages)]
+
+
+def _check_message(index: int, message: Any) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidParameter(f"messages[{index}]={message!r}: a message is a mapping with a role and a content")
+    content = message.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            content = "\n".join(part["text"] for part in content)
+    elif content is not None and not isinstance(content, str):
+        raise InvalidParameter(f"messages[{index}]: content is {type(content).__name__}, not text or a list of parts")
+    return {**message, "content": content}

@@ -1,0 +1,74 @@
+"""Weights kept as 4 or 8-bit integers with a scale and a minimum per group. It knows the kernels, no checkpoint format."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kernels import cpu
+from lmdeploy.kernels.reference import affine as reference
+from lmdeploy.quantization.method import LinearMethod
+from lmdeploy.quantization.packing import AffineTensor
+from lmdeploy.quantization.unquantized import fused_norm
+
+if TYPE_CHECKING:
+    from lmdeploy.layers.linear import Linear
+    from lmdeploy.layers.norm import Norm
+
+
+class AffineMethod(LinearMethod):
+    """The weight is packed once, for the kernels that run on its device; parts that differ take the widest bits among them."""
+
+    name = "affine"
+
+    def __init__(self) -> None:
+        self.kernels: ModuleType = reference
+        self.packed: Any = None
+        self.dtype = torch.bfloat16
+        self._parts: dict[int, AffineTensor] = {}
+
+    def load(self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype) -> None:
+        """Keep the part's integers until the others are there."""
+        if not isinstance(value, AffineTensor):
+            raise TypeError(f"a part of {linear} is dense; UnquantizedMethod takes such linears")
+        self._parts[part] = value.to(device)
+        self.dtype = dtype
+
+    def finish(self, linear: Linear) -> None:
+        weight = AffineTensor.stack([self._parts[part] for part in range(len(linear.parts))])
+        self._parts = {}
+        self.kernels = choose_kernels(weight.q.device, self.dtype)
+        self.packed = self.kernels.pack(weight.q, weight.scales, weight.mins, weight.bits)
+
+    def apply(self, linear: Linear, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        x, fused = fused_norm(x, norm)
+        return self.kernels.linear(x, self.packed, bias=linear.bias, residual=residual, **fused)
+
+    def gated_mlp(
+        self, x: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
+    ) -> Tensor:
+        other = down.method
+        has_bias = gate_up.bias is not None or down.bias is not None
+        if has_bias or not isinstance(other, AffineMethod) or other.kernels is not self.kernels:
+            return super().gated_mlp(x, norm, gate_up, down, activation, residual)
+        x, fused = fused_norm(x, norm)
+        return self.kernels.gated_mlp(x, self.packed, other.packed, activation, residual=residual, **fused)
+
+    def embed(self, linear: Linear, ids: Tensor) -> Tensor:
+        return self.kernels.embed(ids, self.packed, self.dtype)
+
+    def dense_weight(self, linear: Linear) -> Tensor:
+        return AffineTensor(*self.kernels.unpack(self.packed), self.packed.bits).dequantize(self.dtype)
+
+    def num_bytes(self, linear: Linear) -> int:
+        return super().num_bytes(linear) + self.packed.num_bytes
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The fastest module with pack, unpack, linear, gated_mlp and embed for weights on this device."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and cpu.is_available():
+        return cpu
+    return reference

@@ -1,0 +1,152 @@
+"""Compares the engine with golden folders: `python -m tests.golden FOLDER...`, exit 1 if any of them differs.
+
+A folder may also be a parent of golden folders. Each is materialized into a temporary checkpoint and answered through
+the engine's public path in float32; one line a folder:
+
+    llama/llama3.1 abs=1.2e-05 rel=8.1e-07 p0 16/16 p1 16/16 p2 16/16 ok
+
+abs is the largest difference of a logit, rel the same over the largest logit of its prompt; pN counts the greedy tokens
+that agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lmdeploy.engine.client import EngineClient, ThreadClient
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
+from tests.goldens.materialize import materialize
+
+MAX_RELATIVE_DIFFERENCE = 1e-3
+GOLDEN_FILE = "golden.safetensors"
+
+
+@dataclass
+class Comparison:
+    """What one folder's comparison found; `failure` is empty while nothing is wrong. matches: equal tokens by prompt."""
+
+    name: str
+    absolute: float = 0.0
+    relative: float = 0.0
+    matches: list[str] = field(default_factory=list)
+    failure: str = ""
+
+    def __str__(self) -> str:
+        verdict = f"FAIL {self.failure}" if self.failure else "ok"
+        return " ".join([self.name, f"abs={self.absolute:.3g}", f"rel={self.relative:.3g}", *self.matches, verdict])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.golden", description="Compare the engine with golden folders.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a golden folder, or a parent of some")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    args = parser.parse_args(argv)
+    is_ok = True
+    for root in args.folders:
+        folders = find_folders(root)
+        if not folders:
+            print(f"{root} FAIL there is no {GOLDEN_FILE} in it or below it", flush=True)
+            is_ok = False
+        for folder in folders:
+            comparison = compare_folder(folder, args.device, args.dtype)
+            print(comparison, flush=True)
+            is_ok = is_ok and not comparison.failure
+    return 0 if is_ok else 1
+
+
+def find_folders(root: Path) -> list[Path]:
+    """root itself, or all folders below it, that hold golden outputs."""
+    if (root / GOLDEN_FILE).is_file():
+        return [root]
+    return sorted(path.parent for path in root.rglob(GOLDEN_FILE))
+
+
+def compare_folder(folder: Path, device: str = "auto", dtype: str = "float32") -> Comparison:
+    """Run one folder. Whatever goes wrong is the comparison's failure: the other folders are compared all the same."""
+    resolved = folder.resolve()
+    comparison = Comparison(f"{resolved.parent.name}/{resolved.name}")
+    try:
+        with tempfile.TemporaryDirectory(prefix="golden-") as checkpoint:
+            compare_checkpoint(materialize(folder, checkpoint), load_file(folder / GOLDEN_FILE), comparison, device, dtype)
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        comparison.failure = f"{type(error).__name__}: {first_line}"
+    return comparison
+
+
+def compare_checkpoint(
+    checkpoint: Path, golden: dict[str, Tensor], comparison: Comparison, device: str, dtype: str
+) -> None:
+    """Answer every prompt of `golden` with the checkpoint's model and note the differences."""
+    prompts = sorted(key.split(".")[0] for key in golden if key.endswith(".input_ids"))
+    longest = max(golden[f"{prompt}.input_ids"].numel() + golden[f"{prompt}.greedy"].numel() for prompt in prompts)
+    # Beyond the model's own length: dynamic rope scaling is only seen there.
+    config = EngineConfig(dtype=dtype, device=device, session_len=longest, block_size=16, cache_max_entry_count=64)
+    client = ThreadClient(checkpoint, config)
+    try:
+        failures = [failure for prompt in prompts if (failure := compare_prompt(client, golden, prompt, comparison))]
+    finally:
+        client.close()
+    comparison.failure = "; ".join(failures)
+
+
+def compare_prompt(client: EngineClient, golden: dict[str, Tensor], prompt: str, comparison: Comparison) -> str:
+    """Add one prompt's differences to the comparison; returns what is wrong with it, or an empty string."""
+    prompt_ids = golden[f"{prompt}.input_ids"].tolist()
+    expected_ids = golden.get(f"{prompt}.greedy_cached", golden[f"{prompt}.greedy"]).tolist()
+    expected = golden[f"{prompt}.logits"].float()
+    positions = golden.get(f"{prompt}.positions", torch.arange(len(prompt_ids)))
+    ids, logits = answer(client, prompt, prompt_ids, len(expected_ids))
+    num_equal = sum(a == b for a, b in zip(ids, expected_ids, strict=False))
+    comparison.matches.append(f"{prompt} {num_equal}/{len(expected_ids)}")
+    if len(logits) <= int(positions.max()) or logits.shape[1] < expected.shape[1]:
+        return f"{prompt}: logits of shape {tuple(logits.shape)} do not cover the expected {tuple(expected.shape)}"
+    difference = (logits[positions, : expected.shape[1]] - expected).abs().max().item()
+    relative = difference / expected.abs().max().item()
+    comparison.absolute = max(comparison.absolute, difference)
+    comparison.relative = max(comparison.relative, relative)
+    # Written so that a NaN fails.
+    if not relative <= MAX_RELATIVE_DIFFERENCE:
+        comparison.relative = relative
+        return f"{prompt}: rel above {MAX_RELATIVE_DIFFERENCE:g}"
+    return "" if ids == expected_ids else f"{prompt}: {len(expected_ids) - num_equal} of {len(expected_ids)} tokens differ"
+
+
+def answer(client: EngineClient, name: str, prompt_ids: list[int], count: int) -> tuple[list[int], Tensor]:
+    """`count` greedy tokens that follow the prompt, end tokens taken as any other, and all positions' logits [n, V]."""
+    outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+    sampling = SamplingParams(max_new_tokens=count, return_logits="all")
+    client.submit(Request(name, prompt_ids, sampling), outputs.put)
+    ids: list[int] = []
+    pieces: list[Tensor] = []
+    for output in until_finished(outputs):
+        if output.error is not None:
+            raise output.error
+        ids += output.token_ids
+        pieces += [] if output.logits is None else [output.logits]
+    return ids, torch.cat(pieces)
+
+
+def until_finished(outputs: queue.SimpleQueue[RequestOutput]) -> Iterator[RequestOutput]:
+    """The outputs of one request, the last one included."""
+    while True:
+        output = outputs.get()
+        yield output
+        if output.is_finished:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())
