@@ -15,6 +15,7 @@ from typing import Any
 
 from lmdeploy import env
 from lmdeploy.async_engine import AsyncEngine, Message, Prompt, check_prompt, open_engine
+from lmdeploy.chat_template.named import find_template
 from lmdeploy.engine.config import EngineConfig, PublicConfig, merge_old_kwargs
 from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter, RequestError
 from lmdeploy.logging import get_logger
@@ -198,7 +199,9 @@ class Pipeline:
             raise InvalidParameter(f"{len(listed)} sessions for {len(batch)} prompts: give one for each")
         if any(self.async_engine.effective_config(config).n != 1 for config in configs):
             raise InvalidParameter("a session takes one answer a turn: leave n at 1")
-        pairs = [(session.messages(prompt), config) for session, prompt, config in zip(listed, batch, configs, strict=True)]
+        pairs = [
+            (session.messages(prompt), config) for session, prompt, config in zip(listed, batch, configs, strict=True)
+        ]
         responses = self.async_engine.stream(pairs, is_streaming=stream_response)
         return _recorded(responses, list(zip(listed, batch, strict=True)))
 
@@ -282,7 +285,9 @@ class Pipeline:
         configs = list(gen_config) if isinstance(gen_config, (list, tuple)) else [gen_config]
         wrong = next((config for config in configs if not isinstance(config, (GenerationConfig, type(None)))), None)
         if wrong is not None:
-            raise InvalidParameter(f"gen_config holds a {type(wrong).__name__}: give a GenerationConfig, or one for each prompt")
+            raise InvalidParameter(
+                f"gen_config holds a {type(wrong).__name__}: give a GenerationConfig, or one for each prompt"
+            )
         if len(configs) != count:
             raise InvalidParameter(f"{len(configs)} gen_configs for {count} prompts: give one for all, or one for each")
         return configs
@@ -350,7 +355,12 @@ def _ppl(response: Response) -> float:
 
 
 def _template_of(model_name: str | None) -> ChatTemplateConfig | None:
-    return None if model_name is None else ChatTemplateConfig(model_name=model_name)
+    """The template that `model_name` named up to version 0.5, where it could also be the model's path."""
+    if model_name is None or find_template(model_name) is None:
+        if model_name is not None:
+            get_logger().warning("model_name=%r names no chat template: the model's own is used", model_name)
+        return None
+    return ChatTemplateConfig(model_name=model_name)
 
 
 def _set_log_level(log_level: str) -> None:
@@ -371,7 +381,14 @@ def _progress(count: int, is_shown: bool) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -20,10 +20,12 @@ from typing import Any
 from lmdeploy import hub
 from lmdeploy.answer import AnswerStream, error_response
 from lmdeploy.chat_template import ChatTemplate, choose_chat_template
+from lmdeploy.chat_template.base import RenderOptions
+from lmdeploy.chat_template.choose import UnknownTemplate
 from lmdeploy.engine.client import EngineClient, ThreadClient
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.request import Request, RequestOutput
-from lmdeploy.errors import EngineDead, InvalidParameter, RequestError
+from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter, RequestError
 from lmdeploy.generation import PIPELINE_DEFAULTS, effective_config, read_defaults, sampling_params, single_token
 from lmdeploy.logging import get_logger
 from lmdeploy.messages import ChatTemplateConfig, GenerationConfig, Response
@@ -35,6 +37,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 # Requests handed to the engine at once, as a multiple of its batch: enough never to starve it, and a list of 100,000
 # prompts is not tokenized into memory.
 _SUBMITTED_BATCHES = 4
+_DEFAULT_RENDERING = RenderOptions()
 _NO_VISION = "{}: vision models are not supported yet, give text only"
 
 
@@ -46,7 +49,7 @@ class AsyncEngine:
         model_path: Path,
         client: EngineClient,
         tokenizer: Tokenizer,
-        chat_template: ChatTemplate | None,
+        chat_template: ChatTemplate,
         generation_defaults: GenerationConfig = PIPELINE_DEFAULTS,
         max_log_len: int | None = None,
     ) -> None:
@@ -60,43 +63,43 @@ class AsyncEngine:
         self.generation_defaults = generation_defaults
         self._max_log_len = max_log_len
         self._end_ids = [*client.info.eos_token_ids, *tokenizer.eos_token_ids]
-        template_words = chat_template.stop_words if chat_template else []
-        template_ids = chat_template.stop_token_ids(tokenizer) if chat_template else []
+        template_ids = chat_template.stop_token_ids(tokenizer)
         self.end_token_ids: list[int] = list(dict.fromkeys([*self._end_ids, *template_ids]))
-        self._template_stop_words = [word for word in template_words if single_token(tokenizer, word) is None]
+        self._template_stop_words = [word for word in chat_template.stop_words if single_token(tokenizer, word) is None]
 
     def effective_config(self, config: GenerationConfig | None = None) -> GenerationConfig:
         """What a request with this config is sampled with, every default filled in."""
         return effective_config(config, self.generation_defaults)
 
     def encode(
-        self,
-        prompt: Prompt,
-        *,
-        do_preprocess: bool = True,
-        tools: list[dict[str, Any]] | None = None,
-        enable_thinking: bool | None = None,
+        self, prompt: Prompt, *, do_preprocess: bool = True, options: RenderOptions = _DEFAULT_RENDERING
     ) -> list[int]:
         """The token ids of a prompt.
 
-        A str becomes a user's message, and a list of OpenAI messages is rendered, by the chat template; without one, or
-        with do_preprocess=False, a str is encoded as it is. A list of ids is taken as it is. Raises InvalidParameter.
+        A str becomes a user's message, and a list of OpenAI messages is rendered, by the chat template with `options`; where
+        the model has none, or with do_preprocess=False, a str is encoded as it is. A list of ids is taken as it is. Raises
+        InvalidParameter.
         """
-        if isinstance(prompt, str):
-            if not (do_preprocess and self.chat_template):
-                return self.tokenizer.encode(prompt)
-            messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
-        elif _is_token_ids(prompt):
+        check_prompt(prompt)
+        if _is_token_ids(prompt):
             return [int(token) for token in prompt]  # type: ignore[arg-type]
-        else:
-            messages = _text_messages(prompt)
-            if not self.chat_template:
-                raise InvalidParameter("this model has no chat template: give text, or name a template for it")
-            if not do_preprocess:
-                raise InvalidParameter("do_preprocess=False takes text or token ids, not a list of messages")
-        return self.chat_template.render_ids(
-            messages, self.tokenizer, add_generation_prompt=True, tools=tools, enable_thinking=enable_thinking
-        )
+        if isinstance(prompt, str):
+            if not self._is_rendered(prompt, do_preprocess):
+                return self.tokenizer.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        elif not do_preprocess:
+            raise InvalidParameter("do_preprocess=False takes text or token ids, not a list of messages")
+        try:
+            return self.chat_template.render_ids(
+                prompt,  # type: ignore[arg-type]
+                self.tokenizer,
+                add_generation_prompt=options.add_generation_prompt,
+                tools=options.tools,
+                continue_final_message=options.continue_final_message,
+                **options.variables,
+            )
+        except ConfigError as error:  # the model has no template: a fault of this request, text would do
+            raise InvalidParameter(str(error)) from error
 
     def stream(
         self,
@@ -113,21 +116,10 @@ class AsyncEngine:
         """
         inbox: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         active: dict[str, AnswerStream] = {}
-        limit = _SUBMITTED_BATCHES * self.client.info.max_batch_size
         waiting = self._answers(prompts, do_preprocess, is_streaming)
-        is_exhausted = False
         try:
             while True:
-                while not is_exhausted and len(active) < limit:
-                    answer = next(waiting, None)
-                    is_exhausted = answer is None
-                    try:
-                        if isinstance(answer, AnswerStream):
-                            self._submit(answer, active, inbox.put)
-                    except RequestError as error:
-                        answer = error_response(error, answer.index, len(answer.request.prompt_ids))
-                    if isinstance(answer, Response):
-                        yield answer
+                yield from self._start(waiting, active, inbox.put)
                 if not active:
                     return
                 if response := self._receive(inbox.get(), active):
@@ -142,8 +134,7 @@ class AsyncEngine:
         *,
         input_ids: Sequence[int] | None = None,
         do_preprocess: bool = True,
-        tools: list[dict[str, Any]] | None = None,
-        enable_thinking: bool | None = None,
+        options: RenderOptions = _DEFAULT_RENDERING,
         request_id: str | None = None,
         cache_salt: str = "",
         is_streaming: bool = True,
@@ -171,8 +162,7 @@ class AsyncEngine:
             given,
             gen_config,
             do_preprocess=do_preprocess,
-            tools=tools,
-            enable_thinking=enable_thinking,
+            options=options,
             request_id=request_id,
             cache_salt=cache_salt,
             is_streaming=is_streaming,
@@ -189,6 +179,10 @@ class AsyncEngine:
     def close(self) -> None:
         """End what runs and free the engine's memory. May be called again."""
         self.client.close()
+
+    def _is_rendered(self, prompt: Prompt, do_preprocess: bool) -> bool:
+        """Whether the chat template has a part in this prompt."""
+        return do_preprocess and not _is_token_ids(prompt) and not isinstance(self.chat_template, UnknownTemplate)
 
     def _answers(
         self, prompts: Iterable[tuple[Prompt, GenerationConfig | None]], do_preprocess: bool, is_streaming: bool
@@ -212,16 +206,15 @@ class AsyncEngine:
         *,
         index: int = 0,
         do_preprocess: bool = True,
-        tools: list[dict[str, Any]] | None = None,
-        enable_thinking: bool | None = None,
+        options: RenderOptions = _DEFAULT_RENDERING,
         request_id: str | None = None,
         cache_salt: str = "",
         is_streaming: bool = True,
     ) -> list[AnswerStream]:
         """The n answers to one prompt, numbered from `index`; a seed is counted up, so that they differ."""
-        ids = self.encode(prompt, do_preprocess=do_preprocess, tools=tools, enable_thinking=enable_thinking)
+        ids = self.encode(prompt, do_preprocess=do_preprocess, options=options)
         config = self.effective_config(gen_config)
-        is_rendered = do_preprocess and self.chat_template is not None and not _is_token_ids(prompt)
+        is_rendered = self._is_rendered(prompt, do_preprocess)
         stop_words = list(config.stop_words or [])
         if is_rendered and not config.ignore_eos:
             stop_words += self._template_stop_words
@@ -249,6 +242,23 @@ class AsyncEngine:
                 )
             )
         return answers
+
+    def _start(
+        self,
+        waiting: Iterator[AnswerStream | Response],
+        active: dict[str, AnswerStream],
+        deliver: Callable[[RequestOutput], None],
+    ) -> Iterator[Response]:
+        """Submit what waits until enough is active; yields the Responses of what is refused."""
+        limit = _SUBMITTED_BATCHES * self.client.info.max_batch_size
+        while len(active) < limit and (answer := next(waiting, None)) is not None:
+            if isinstance(answer, Response):
+                yield answer
+                continue
+            try:
+                self._submit(answer, active, deliver)
+            except RequestError as error:
+                yield error_response(error, answer.index, len(answer.request.prompt_ids))
 
     def _submit(
         self, answer: AnswerStream, active: dict[str, AnswerStream], deliver: Callable[[RequestOutput], None]
@@ -310,7 +320,7 @@ def _hf_config(path: Path) -> dict[str, Any]:
 def check_prompt(prompt: object) -> None:
     """Raise InvalidParameter unless the prompt is text, messages of text, or token ids."""
     if not isinstance(prompt, str) and not _is_token_ids(prompt):
-        _text_messages(prompt)
+        _check_messages(prompt)
 
 
 def _is_token_ids(prompt: object) -> bool:
@@ -319,8 +329,8 @@ def _is_token_ids(prompt: object) -> bool:
     return isinstance(prompt[0], int) and not isinstance(prompt[0], bool)
 
 
-def _text_messages(prompt: object) -> list[dict[str, Any]]:
-    """OpenAI messages with the blocks of each content joined to one text."""
+def _check_messages(prompt: object) -> None:
+    """Raise InvalidParameter unless these are messages, and of text; their details are the template's to judge."""
     if isinstance(prompt, tuple):
         raise InvalidParameter(_NO_VISION.format("the prompt is a tuple of text and images"))
     if not isinstance(prompt, Sequence) or not prompt or not all(isinstance(item, Mapping) for item in prompt):
@@ -328,24 +338,12 @@ def _text_messages(prompt: object) -> list[dict[str, Any]]:
             f"a prompt of type {type(prompt).__name__}: give a str, a list of messages such as "
             "[{'role': 'user', 'content': 'Hi'}], or a list of token ids"
         )
-    return [_text_message(message) for message in prompt]
-
-
-def _text_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(message.get("role"), str):
-        raise InvalidParameter(f"message {dict(message)!r} has no role: use system, user, assistant or tool")
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return {**message, "content": content or ""}
-    if not isinstance(content, Sequence):
-        raise InvalidParameter(f"content of type {type(content).__name__}: give a str or a list of content blocks")
-    texts = []
-    for block in content:
-        kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
-        if kind != "text":
-            raise InvalidParameter(_NO_VISION.format(f"a message holds a block of type {kind!r}"))
-        texts.append(str(block.get("text", "")))
-    return {**message, "content": "".join(texts)}
+    for message in prompt:
+        content = message.get("content")
+        for part in content if isinstance(content, Sequence) and not isinstance(content, str) else ():
+            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+            if kind != "text":
+                raise InvalidParameter(_NO_VISION.format(f"a message holds a part of type {kind!r}"))
 
 
 def _log_prompt(request: Request, prompt: Prompt, max_log_len: int | None) -> None:

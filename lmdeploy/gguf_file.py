@@ -114,7 +114,9 @@ def _size_bytes(path: Path, name: str, shape: tuple[int, ...], ggml_type: int) -
     for size in shape:
         elements *= size
     if shape and shape[-1] % block_elements:
-        raise CheckpointError(f"{path}: tensor {name!r} of shape {shape} does not divide into blocks of {block_elements}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} of shape {shape} does not divide into blocks of {block_elements}"
+        )
     return elements // block_elements * block_bytes
 
 

@@ -34,7 +34,9 @@ class BaseChatTemplate(TurnTemplate):
     def _render(self, messages: list[Message], options: RenderOptions) -> str:
         if type(self).messages2prompt is BaseChatTemplate.messages2prompt:
             return super()._render(messages, options)
-        return self.messages2prompt(messages, sequence_start=True, **({"tools": options.tools} if options.tools else {}))
+        return self.messages2prompt(
+            messages, sequence_start=True, **({"tools": options.tools} if options.tools else {})
+        )
 
 
 BaseModel = BaseChatTemplate

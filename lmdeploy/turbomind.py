@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy.async_engine import AsyncEngine, open_engine
+from lmdeploy.chat_template import ChatTemplate
 from lmdeploy.engine.config import EngineConfig, merge_old_kwargs
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 from lmdeploy.errors import InvalidParameter
@@ -24,17 +25,18 @@ if TYPE_CHECKING:
 
 # Arguments of from_pretrained that have no meaning for this engine.
 _WITHOUT_EFFECT = ("group_size", "instance_num", "eos_id")
-# Stands for an answer in a rendered conversation; no template touches a private-use character.
-_ANSWER_MARK = "\ue000"
 
 
 class TurboMind:
-    """A loaded model, whose instances generate from token ids."""
+    """A loaded model, whose instances generate from token ids.
+
+    model: what 0.1 called so, the chat template with its get_prompt(text, sequence_start=True).
+    """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self.tokenizer: Tokenizer = engine.tokenizer
-        self.model = ChatModel(engine)
+        self.model: ChatTemplate = engine.chat_template
         self.histories: dict[int, list[int]] = {}
 
     @classmethod
@@ -68,26 +70,6 @@ class TurboMind:
             self.close()
 
 
-class ChatModel:
-    """What 0.1 called the model: the chat template as text."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-
-    def get_prompt(self, prompt: str, sequence_start: bool = True) -> str:
-        """The text to encode for a user's words; after the first turn without what the session holds already."""
-        template = self._engine.chat_template
-        if template is None:
-            return prompt
-        if sequence_start:
-            return template.prompt(prompt)
-        turns = (("user", prompt), ("assistant", _ANSWER_MARK), ("user", prompt))
-        text = template.render([{"role": role, "content": content} for role, content in turns])
-        text = text.rpartition(_ANSWER_MARK)[2]
-        ends = [*template.stop_words, self._engine.tokenizer.eos_token or ""]
-        return text.removeprefix(next((end for end in ends if end and text.startswith(end)), ""))
-
-
 @dataclass
 class _Sequence:
     """One running item of a batch."""
@@ -105,7 +87,11 @@ class _Sequence:
 
 
 class TurboMindInstance:
-    """Generates for sessions. A session's tokens so far are kept from `sequence_start` to `sequence_end`."""
+    """Generates for sessions.
+
+    A session's tokens so far are kept from sequence_start to sequence_end, without the end tokens of its answers: those
+    are the first thing that get_prompt of a later turn gives.
+    """
 
     def __init__(self, tm_model: TurboMind) -> None:
         self._histories = tm_model.histories
@@ -198,7 +184,7 @@ class TurboMindInstance:
         if is_end:
             self._histories.pop(sequence.session_id, None)
         elif sequence.is_finished or sequence.output_ids:  # a refused turn leaves the session as it was
-            self._histories[sequence.session_id] = sequence.request.prompt_ids + sequence.output_ids
+            self._histories[sequence.session_id] = sequence.request.prompt_ids + sequence.visible_ids()
 
 
 def _sessions(session_id: int | Sequence[int]) -> list[int]:

@@ -115,13 +115,16 @@ def compare_prompt(client: EngineClient, golden: dict[str, Tensor], prompt: str,
         return f"{prompt}: logits of shape {tuple(logits.shape)} do not cover the expected {tuple(expected.shape)}"
     difference = (logits[positions, : expected.shape[1]] - expected).abs().max().item()
     relative = difference / expected.abs().max().item()
-    comparison.absolute = max(comparison.absolute, difference)
-    comparison.relative = max(comparison.relative, relative)
-    # Written so that a NaN fails.
-    if not relative <= MAX_RELATIVE_DIFFERENCE:
-        comparison.relative = relative
+    comparison.absolute = largest(comparison.absolute, difference)
+    comparison.relative = largest(comparison.relative, relative)
+    if not relative <= MAX_RELATIVE_DIFFERENCE:  # so that NaN fails
         return f"{prompt}: rel above {MAX_RELATIVE_DIFFERENCE:g}"
     return "" if ids == expected_ids else f"{prompt}: {len(expected_ids) - num_equal} of {len(expected_ids)} tokens differ"
+
+
+def largest(*values: float) -> float:
+    """The maximum; NaN if any value is."""
+    return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 def answer(client: EngineClient, name: str, prompt_ids: list[int], count: int) -> tuple[list[int], Tensor]:

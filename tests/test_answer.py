@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -118,7 +116,9 @@ def test_no_stop_string_counts_before_min_new_tokens(tokenizer: Tokenizer) -> No
     assert text_of(responses) == "a.b"
 
 
-@given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=8), words=st.sets(st.sampled_from(PIECES), max_size=3))
+@given(
+    pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=8), words=st.sets(st.sampled_from(PIECES), max_size=3)
+)
 def test_any_stop_words_cut_like_a_search_in_the_whole_text(
     tokenizer: Tokenizer, pieces: list[str], words: set[str]
 ) -> None:

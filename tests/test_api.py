@@ -263,7 +263,7 @@ def test_close_closes_the_engine_and_later_calls_say_so(make_pipe: MakePipe) -> 
 def test_a_dropped_pipeline_closes_its_engine(make_pipe: MakePipe, tiny: Path) -> None:
     tokenizer = Tokenizer.from_path(tiny)
     client = FakeClient(echo)
-    pipe = Pipeline(AsyncEngine(tiny, client, tokenizer, None))
+    pipe = Pipeline(AsyncEngine(tiny, client, tokenizer, choose_chat_template(tiny, tokenizer, {})))
     del pipe
     gc.collect()
     assert client.is_closed
@@ -275,7 +275,7 @@ def test_a_dropped_pipeline_closes_its_engine(make_pipe: MakePipe, tiny: Path) -
 
 @pytest.fixture(scope="module")
 def real(tiny: Path) -> Iterable[Pipeline]:
-    with pipeline(str(tiny)) as pipe:
+    with pipeline(str(tiny), cache_max_entry_count=64) as pipe:
         yield pipe
 
 
@@ -291,7 +291,9 @@ def test_greedy_answers_are_the_same_alone_and_in_a_batch(real: Pipeline) -> Non
 
 
 def test_seeds_logprobs_and_logits_come_through(real: Pipeline) -> None:
-    config = GenerationConfig(max_new_tokens=6, temperature=1.0, random_seed=5, logprobs=2, ignore_eos=True, output_logits="generation")
+    config = GenerationConfig(
+        max_new_tokens=6, temperature=1.0, random_seed=5, logprobs=2, ignore_eos=True, output_logits="generation"
+    )
     first, again = real(["the river"] * 2, config)
     assert first.token_ids == again.token_ids
     assert first.logprobs is not None
@@ -326,9 +328,7 @@ def test_pipelines_answer_from_several_threads(real: Pipeline) -> None:
     config = GenerationConfig(max_new_tokens=8, ignore_eos=True)
     expected = real("the river", config).token_ids
     results: list[Any] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(real(["the river"] * 3, config))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(real(["the river"] * 3, config))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -337,7 +337,7 @@ def test_pipelines_answer_from_several_threads(real: Pipeline) -> None:
 
 
 def test_close_frees_the_models_memory(tiny: Path) -> None:
-    pipe = pipeline(str(tiny))
+    pipe = pipeline(str(tiny), cache_max_entry_count=64)
     gc.collect()
     alive = [weakref.ref(o) for o in gc.get_objects() if type(o).__name__ == "LlamaForCausalLM"]
     pipe("a", GenerationConfig(max_new_tokens=2))
@@ -350,8 +350,8 @@ def test_close_frees_the_models_memory(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        TurbomindEngineConfig(cache_max_entry_count=0.2, session_len=128),
-        PytorchEngineConfig(session_len=128, device_type="cpu"),
+        TurbomindEngineConfig(cache_max_entry_count=64, session_len=128),
+        PytorchEngineConfig(num_gpu_blocks=64, session_len=128, device_type="cpu"),
     ],
 )
 def test_both_backends_configs_are_taken(tiny: Path, config: TurbomindEngineConfig | PytorchEngineConfig) -> None:
@@ -360,9 +360,10 @@ def test_both_backends_configs_are_taken(tiny: Path, config: TurbomindEngineConf
 
 
 def test_settings_of_old_versions_are_taken_as_arguments(tiny: Path) -> None:
-    with pipeline(str(tiny), model_name="internlm2-chat-7b", tp=1, session_len=100, group_size=128) as pipe:
+    with pipeline(
+        str(tiny), model_name="internlm2-chat-7b", tp=1, session_len=100, group_size=128, cache_max_entry_count=64
+    ) as pipe:
         assert pipe.async_engine.client.info.session_len == 100
-        assert pipe.async_engine.chat_template is not None
         assert "<|im_start|>user\nhi<|im_end|>" in pipe.async_engine.chat_template.prompt("hi")
 
 

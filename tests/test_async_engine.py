@@ -10,6 +10,7 @@ import pytest
 
 from lmdeploy.async_engine import AsyncEngine
 from lmdeploy.chat_template import choose_chat_template
+from lmdeploy.chat_template.choose import UnknownTemplate
 from lmdeploy.engine.request import Request
 from lmdeploy.errors import EngineDead, InvalidParameter, PromptTooLong
 from lmdeploy.messages import GenerationConfig, Response
@@ -31,7 +32,7 @@ def make_engine(tiny: Path) -> Iterable[MakeEngine]:
 
     def make(script: Script | None = None, *, has_template: bool = True, **client: Any) -> AsyncEngine:
         tokenizer = Tokenizer.from_path(tiny)
-        template = choose_chat_template(tiny, tokenizer, {}, None) if has_template else None
+        template = choose_chat_template(tiny, tokenizer, {}) if has_template else UnknownTemplate("of a base model")
         engines.append(AsyncEngine(tiny, FakeClient(script or echo, **client), tokenizer, template))
         return engines[-1]
 
@@ -53,7 +54,9 @@ def fake(engine: AsyncEngine) -> FakeClient:
     return engine.client
 
 
-def answers(engine: AsyncEngine, prompts: list[Any], config: GenerationConfig | None = None, **kwargs: Any) -> list[str]:
+def answers(
+    engine: AsyncEngine, prompts: list[Any], config: GenerationConfig | None = None, **kwargs: Any
+) -> list[str]:
     texts: dict[int, str] = {}
     for response in engine.stream([(prompt, config) for prompt in prompts], **kwargs):
         texts[response.index] = texts.get(response.index, "") + response.text
@@ -74,7 +77,7 @@ def test_text_goes_through_the_chat_template_unless_told_otherwise(make_engine: 
         "<|im_start|>user\nthe river<|im_end|>\n<|im_start|>assistant\n"
     )
     assert engine.encode([{"role": "user", "content": "the river"}]) == ids
-    assert engine.encode([{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "river"}]}]) == ids
+    assert engine.encode([{"role": "user", "content": [{"type": "text", "text": "the river"}]}]) == ids
     assert engine.encode("the river", do_preprocess=False) == engine.tokenizer.encode("the river")
     assert engine.encode([5, 6, 7]) == [5, 6, 7]
 
@@ -91,7 +94,7 @@ def test_a_base_model_continues_text(make_engine: MakeEngine) -> None:
     [
         (("describe this", "tiger.jpeg"), "vision models are not supported yet"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "vision models"),
-        ([{"content": "hi"}], "no role"),
+        ([{"content": "hi"}], "role"),
         ([{"role": "user", "content": 3}], "int"),
         (3.5, "float"),
         ([], "list"),

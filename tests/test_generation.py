@@ -65,7 +65,9 @@ def test_the_models_generation_config_stands_between_config_and_fallback(tmp_pat
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"temperature": 0.6}', '{"do_sample": true, "temperature": -1}'])
-def test_a_generation_config_that_is_absent_silent_or_broken_leaves_the_fallback(tmp_path: Path, text: str | None) -> None:
+def test_a_generation_config_that_is_absent_silent_or_broken_leaves_the_fallback(
+    tmp_path: Path, text: str | None
+) -> None:
     if text is not None:
         (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
     assert read_defaults(tmp_path, PIPELINE_DEFAULTS) is PIPELINE_DEFAULTS

@@ -46,7 +46,7 @@ def fake(model: tm.TurboMind) -> FakeClient:
 
 
 def test_the_loop_of_the_tutorial(tiny: Path) -> None:
-    tm_model = tm.TurboMind.from_pretrained(str(tiny), model_name="internlm2")
+    tm_model = tm.TurboMind.from_pretrained(str(tiny), model_name="internlm2", cache_max_entry_count=64)
     generator = tm_model.create_instance()
     prompt = tm_model.model.get_prompt("the river")
     input_ids = tm_model.tokenizer.encode(prompt)
@@ -95,9 +95,9 @@ def test_a_session_goes_on_until_sequence_end(make_model: MakeModel) -> None:
         return fake(model).requests[-1].prompt_ids
 
     assert turn([5]) == [5]
-    assert turn([6], sequence_start=False) == [5, 70, 3, 6]
-    assert turn([8], sequence_start=False, step=3) == [5, 70, 3, 8]  # back to before the second turn
-    assert turn([9], sequence_start=False, sequence_end=True) == [5, 70, 3, 8, 70, 3, 9]
+    assert turn([6], sequence_start=False) == [5, 70, 6]
+    assert turn([8], sequence_start=False, step=2) == [5, 70, 8]  # back to before the second turn
+    assert turn([9], sequence_start=False, sequence_end=True) == [5, 70, 8, 70, 9]
     assert turn([10], sequence_start=False) == [10]
     assert turn([11]) == [11]
     generator.end(7)
@@ -111,7 +111,7 @@ def test_a_refused_turn_leaves_the_session_as_it_was(make_model: MakeModel) -> N
     with pytest.raises(PromptTooLong):
         list(generator.stream_infer(0, [[6] * 20], sequence_start=False))
     list(generator.stream_infer(0, [[7]], sequence_start=False))
-    assert fake(model).requests[-1].prompt_ids == [5, 70, 3, 7]
+    assert fake(model).requests[-1].prompt_ids == [5, 70, 7]
 
 
 def test_stop_ends_what_runs_in_the_session(make_model: MakeModel) -> None:
@@ -133,7 +133,13 @@ def test_ignore_eos_runs_on(make_model: MakeModel) -> None:
     assert outputs[0][0].tolist() == [70, 3, 71]
 
 
-def test_get_prompt_of_a_later_turn_leaves_out_what_the_session_holds(make_model: MakeModel) -> None:
+def test_a_turn_by_get_prompt_goes_on_as_the_whole_conversation_would(make_model: MakeModel) -> None:
     model = make_model(lambda request: [70, 3])
-    assert model.model.get_prompt("hi") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert model.model.get_prompt("hi", sequence_start=False) == "\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    generator = model.create_instance()
+    for number, query in enumerate(("hi", "and then?")):
+        ids = model.tokenizer.encode(model.model.get_prompt(query, number == 0))
+        list(generator.stream_infer(0, [ids], sequence_start=number == 0))
+    answer = model.tokenizer.decode([70])
+    turns = (("user", "hi"), ("assistant", answer), ("user", "and then?"))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert fake(model).requests[-1].prompt_ids == model.engine.encode(messages)

@@ -13,8 +13,17 @@ import pytest
 
 import lmdeploy
 from lmdeploy import ChatTemplateConfig, GenerationConfig, Response, TurbomindEngineConfig, hub, pipeline
+from lmdeploy.engine import memory
 from lmdeploy.errors import InvalidParameter, LMDeployError
 from tests.tiny_model import make_tiny_llama
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine() -> Iterable[None]:
+    """A machine with 256 MiB free, so that the default cache is small and shares of it can be compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "device_memory", lambda device: (1 << 30, 1 << 28))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +66,9 @@ def test_the_default_limit_is_512_tokens(tiny: str) -> None:
     pipe.close()
 
 
-def test_an_answer_of_the_built_in_model_is_right(builtin_pipe: lmdeploy.Pipeline) -> None:
-    response = builtin_pipe("The capital of France is", GenerationConfig(max_new_tokens=24))
-    assert "Paris" in response.text
+def test_the_built_in_model_goes_on_with_a_text_as_it_should(builtin_pipe: lmdeploy.Pipeline) -> None:
+    response = builtin_pipe("The capital of France is", GenerationConfig(max_new_tokens=8), do_preprocess=False)
+    assert response.text.startswith(" Paris")
     assert response.finish_reason in ("stop", "length")
 
 
@@ -70,7 +79,7 @@ def test_a_smaller_share_of_memory_gives_fewer_blocks(tiny: str) -> None:
         few = pipe.async_engine.client.info.num_blocks
     assert len(response) == 2
     with pipeline(tiny, backend_config=TurbomindEngineConfig(cache_max_entry_count=0.4)) as pipe:
-        assert pipe.async_engine.client.info.num_blocks >= few
+        assert pipe.async_engine.client.info.num_blocks == pytest.approx(2 * few, rel=0.01)
 
 
 def test_model_format_need_not_be_said(builtin: str) -> None:

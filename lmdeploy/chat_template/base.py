@@ -54,7 +54,9 @@ class ChatTemplate(ABC):
         variables of a Jinja template; named templates take none. continue_final_message: end inside the last message, an
         assistant's, so that the answer goes on from it. Raises InvalidParameter for messages the template cannot express.
         """
-        variables = template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
+        variables = (
+            template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
+        )
         options = RenderOptions(add_generation_prompt, tools, continue_final_message, variables)
         return self._text(check_messages(messages), options)
 
@@ -70,7 +72,9 @@ class ChatTemplate(ABC):
         **template_kwargs: Any,
     ) -> list[int]:
         """The prompt as ids, with begin tokens where the model wants them; arguments as for render."""
-        variables = template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
+        variables = (
+            template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
+        )
         options = RenderOptions(add_generation_prompt, tools, continue_final_message, variables)
         return self._ids(check_messages(messages), tokenizer, options)
 
@@ -88,11 +92,15 @@ class ChatTemplate(ABC):
             return self._render(messages, options)
         last = messages[-1]
         if last["role"] != "assistant" or not isinstance(last["content"], str):
-            raise InvalidParameter(f"continue_final_message: the last message, of role {last['role']!r}, is no answer to go on from")
+            raise InvalidParameter(
+                f"continue_final_message: the last message, the {last['role']}'s, is no answer to go on from"
+            )
         marked = [*messages[:-1], {**last, "content": last["content"] + _CUT}]
         text = self._render(marked, replace(options, add_generation_prompt=False))
         if _CUT not in text:
-            raise InvalidParameter(f"chat template {self.name!r} cannot continue the final message: it rewrites its content")
+            raise InvalidParameter(
+                f"chat template {self.name!r} cannot continue the final message: it rewrites its content"
+            )
         return text.rpartition(_CUT)[0]
 
     def prompt(self, text: str) -> str:
@@ -112,9 +120,8 @@ class ChatTemplate(ABC):
         ids = []
         for word in self.stop_words:
             encoded = tokenizer.encode(word, add_special_tokens=False)
-            token_id = tokenizer.special_tokens.get(word, encoded[0] if len(encoded) == 1 else None)
-            if token_id is not None:
-                ids.append(token_id)
+            if len(encoded) == 1 and tokenizer.token_to_bytes(encoded[0]) == word.encode("utf-8"):
+                ids.append(encoded[0])
         return list(dict.fromkeys(ids))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy.chat_template.base import ChatTemplate, Message, RenderOptions
 from lmdeploy.chat_template.jinja import JinjaTemplate
-from lmdeploy.chat_template.named import find_template, make_template
+from lmdeploy.chat_template.named import TEMPLATE_ALIASES, make_template
 from lmdeploy.chat_template.turns import TurnTemplate
 from lmdeploy.errors import ConfigError
 from lmdeploy.messages import ChatTemplateConfig
@@ -106,9 +106,9 @@ def choose_chat_template(
 ) -> ChatTemplate:
     """The template of a model.
 
-    path: its folder, of which only generation_config.json is read. hf_config: its config.json; empty for GGUF. config: what
-    the user asked for: a name, a .json file of parts, a .jinja file, or a ChatTemplateConfig; None for the model's own.
-    Raises ConfigError for an unknown name, file or part.
+    path: its folder, of which only generation_config.json is read. hf_config: its config.json; empty for a GGUF file.
+    config: what the user asked for: a name, a .json file of parts, a .jinja file, or a ChatTemplateConfig; None for the
+    model's own. Raises ConfigError for an unknown name, file or part.
     """
     if isinstance(config, str):
         if config.endswith(".jinja"):
@@ -123,7 +123,7 @@ def choose_chat_template(
         tokenizer = OtherTokenizer(source)
     if name is None:
         return _choose_for_model(Path(path), tokenizer, hf_config, parts)
-    if name != "hf" or find_template(name) is not None:
+    if name != "hf":
         return make_template(name, **_own_parts(name, Path(path)), **parts)
     if not tokenizer.chat_templates:
         raise ConfigError(f"--chat-template hf asks for the model's own template, but {path} brings none; give a name")
@@ -133,6 +133,8 @@ def choose_chat_template(
 def _choose_for_model(
     path: Path, tokenizer: Tokenizer, hf_config: Mapping[str, Any], parts: dict[str, Any]
 ) -> ChatTemplate:
+    if parts.get("capability") == "infilling":
+        return make_template("codellama", **parts)
     if tokenizer.chat_templates and set(parts) <= _JINJA_PARTS:
         return _adapt_jinja(tokenizer, parts)
     name = guess_template_name(hf_config, tokenizer)
@@ -140,7 +142,7 @@ def _choose_for_model(
         return make_template(name, **_own_parts(name, path), **parts)
     if set(parts) - _JINJA_PARTS or parts.get("capability") in ("completion", "python"):
         return TurnTemplate(**parts)
-    architectures = hf_config.get("architectures") or [hf_config.get("model_type") or "of unknown architecture"]
+    architectures = hf_config.get("architectures") or [tokenizer.model_type or "of unknown architecture"]
     return UnknownTemplate(str(architectures[0]))
 
 
@@ -162,7 +164,7 @@ def _adapt_jinja(tokenizer: Tokenizer, parts: dict[str, Any]) -> ChatTemplate:
 def guess_template_name(hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
     """The named template of an architecture, told by config and vocabulary; None if nothing tells it."""
     architecture = str((hf_config.get("architectures") or [""])[0])
-    model_type = str(hf_config.get("model_type") or "")
+    model_type = str(hf_config.get("model_type") or tokenizer.model_type)
     if model_type == "chatglm" or architecture.startswith("ChatGLM"):
         return _guess_glm(tokenizer)
     if architecture == "InternVLChatModel":
@@ -187,13 +189,13 @@ def _guess_glm(tokenizer: Tokenizer) -> str:
     """ChatGLM2, ChatGLM3 and GLM-4 share an architecture; their special tokens differ."""
     if "<sop>" in tokenizer.special_tokens:
         return "glm4"
-    return "chatglm3" if "<|assistant|>" in tokenizer.special_tokens else "chatglm"
+    return "chatglm3" if tokenizer.token_to_id("<|assistant|>") is not None else "chatglm"
 
 
 def _own_parts(name: str, path: Path) -> dict[str, Any]:
     """What a checkpoint itself says about a named template: Baichuan's ids of the two roles."""
     file = path / "generation_config.json"
-    if name != "baichuan2" or not file.is_file():
+    if TEMPLATE_ALIASES.get(name, name) != "baichuan2" or not file.is_file():
         return {}
     values = json.loads(file.read_text(encoding="utf-8"))
     keys = ("user_token_id", "assistant_token_id")

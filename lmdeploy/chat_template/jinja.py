@@ -66,7 +66,9 @@ class JinjaTemplate(ChatTemplate):
                     **options.variables,
                 )
         except jinja2.TemplateError as error:
-            raise InvalidParameter(f"the model's chat template refuses these messages: {error.message or error}") from error
+            raise InvalidParameter(
+                f"the model's chat template refuses these messages: {error.message or error}"
+            ) from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, MemoryError) as error:
             raise InvalidParameter(f"the model's chat template fails on these messages: {error}") from error
         except RecursionError as error:

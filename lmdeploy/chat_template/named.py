@@ -127,7 +127,8 @@ _TURNS: dict[str, dict[str, Any]] = {
         "assistant": "答：",
         "eoa": "\n\n",
     },
-    "chatglm3": _GLM_ROLES | {
+    "chatglm3": _GLM_ROLES
+    | {
         "system": "<|system|>\n ",
         "user": "<|user|>\n ",
         "assistant": "<|assistant|>\n ",
@@ -152,6 +153,7 @@ _TURNS: dict[str, dict[str, Any]] = {
         "eosys": "\n\n",
         "user": "[INST] ",
         "eoh": " [/INST]",
+        "assistant": " ",
         "eoa": "</s>",
         "system_in_user": True,
     },

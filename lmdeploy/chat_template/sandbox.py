@@ -9,24 +9,35 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from functools import wraps
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Environment, TemplateError, nodes, pass_environment
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
 MAX_SOURCE_CHARS = 1 << 20
 MAX_TEXT_CHARS = 1 << 24
 MAX_SECONDS = 5.0
 _MAX_ARGUMENT = 10_000_000
 _MAX_INT_BITS = 4096
+_MAX_ELEMENTS = 1_000_000
+# Filters that pass their argument's elements on without writing them out.
+_STRUCTURAL_FILTERS = frozenset(
+    re.findall(
+        r"\w+",
+        "attr batch count d default dictsort first groupby items join last length list map max min random reject "
+        "rejectattr reverse select selectattr slice sort sum unique",
+    )
+)
 _WIDE_FORMAT = re.compile(r"\d{6,}")
 
 _deadline: ContextVar[float] = ContextVar("lmdeploy_template_deadline", default=float("inf"))
@@ -54,7 +65,7 @@ class _CodeGenerator(CodeGenerator):
 class _GenerationBlock(Extension):
     """`{% generation %}` marks answers for training; here it is its body."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared so by Jinja)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -69,11 +80,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
+        extensions = ["jinja2.ext.loopcontrols", _GenerationBlock]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_check_structure)
         self.globals.pop("lipsum")
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-        self.filters["tojson"] = _tojson
-        self.filters = {name: _bounded(function) for name, function in self.filters.items()}
+        self.filters.update(tojson=_tojson, join=_join)
+        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
 
     @staticmethod
     def check_time() -> None:
@@ -93,38 +105,43 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def join_operands(operands: Iterable[Any]) -> str:
-        return TemplateEnvironment.concat(str(operand) for operand in operands)
+        return TemplateEnvironment.concat(str(_check_structure(operand)) for operand in operands)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.check_time()
         _check_operands(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (Jinja's signature)
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # Jinja's signature
         __self.check_time()
         _check_arguments((*args, *kwargs.values()))
-        if getattr(__obj, "__name__", "") in ("format", "format_map"):
-            _check_format(getattr(__obj, "__self__", ""))
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        _check_growth(getattr(method, "__name__", ""), getattr(method, "__self__", None), args)
         return _check_result(super().call(__context, __obj, *args, **kwargs))
 
 
-class limit_time:  # noqa: N801 (used as `with limit_time():`)
+@contextmanager
+def limit_time() -> Iterator[None]:
     """Starts the clock of one rendering."""
+    token = _deadline.set(time.monotonic() + MAX_SECONDS)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
 
-    def __enter__(self) -> None:
-        self._token = _deadline.set(time.monotonic() + MAX_SECONDS)
 
-    def __exit__(self, *error: object) -> None:
-        _deadline.reset(self._token)
-
-
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)  # copies the attribute by which Jinja knows what to pass
     def checked(*args: Any, **kwargs: Any) -> Any:
         TemplateEnvironment.check_time()
-        _check_arguments((*args, *kwargs.values()))
-        if function.__name__ == "do_format":
-            _check_format(args[0])
+        values = [
+            value for value in (*args, *kwargs.values()) if not isinstance(value, (Context, EvalContext, Environment))
+        ]
+        _check_arguments(values)
+        if name not in _STRUCTURAL_FILTERS:
+            for value in values:
+                _check_structure(value)
+        _check_growth(name, values[0], values[1:])
         return _check_result(function(*args, **kwargs))
 
     return checked
@@ -141,14 +158,34 @@ def _check_result(value: Any) -> Any:
     return value
 
 
+def _check_structure(value: Any) -> Any:
+    """Counts what is inside a value about to become text: a list that holds itself twice, nested, is exponential."""
+    count, stack = 0, [value] if isinstance(value, (list, tuple, dict)) else []
+    while stack:
+        inner = stack.pop()
+        children = inner.values() if isinstance(inner, dict) else inner
+        count += len(inner)
+        if count > _MAX_ELEMENTS:
+            raise TemplateLimit(f"it writes out a structure of more than {_MAX_ELEMENTS} elements")
+        stack.extend(child for child in children if isinstance(child, (list, tuple, dict)))
+    return value
+
+
 def _check_arguments(values: Iterable[Any]) -> None:
     if any(isinstance(value, int) and abs(value) > _MAX_ARGUMENT for value in values):
         raise TemplateLimit(f"it passed a number beyond {_MAX_ARGUMENT}")
 
 
-def _check_format(text: Any) -> None:
-    if isinstance(text, str) and _WIDE_FORMAT.search(text):
+def _check_growth(name: str, text: Any, values: Sequence[Any]) -> None:
+    """For the string methods, and filters of the same names, whose result can be far longer than what goes in."""
+    if not isinstance(text, str):
+        return
+    if name in ("format", "format_map") and _WIDE_FORMAT.search(text):
         raise TemplateLimit("it formats with a width of six digits")
+    if name == "replace" and len(values) >= 2 and all(isinstance(value, str) for value in values[:2]):
+        _check_size(len(text) + text.count(values[0]) * len(values[1]))
+    if name == "join" and values:
+        _check_size(len(text) * (len(values[0]) if isinstance(values[0], Sized) else MAX_RANGE))
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
@@ -156,7 +193,8 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     if operator == "+" and isinstance(left, sized) and isinstance(right, sized):
         _check_size(len(left) + len(right))
     elif operator == "%" and isinstance(left, str):
-        _check_format(left)
+        _check_growth("format", left, ())
+        _check_structure(right)
     elif operator == "*":
         for text, times in ((left, right), (right, left)):
             if isinstance(text, sized) and isinstance(times, int):
@@ -173,6 +211,15 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
+
+
+@pass_environment
+def _join(environment: Environment, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    """Jinja's own, but counting while it joins."""
+    items = value if attribute is None else (environment.getitem(item, attribute) for item in value)
+    return TemplateEnvironment.join_operands(
+        part for i, item in enumerate(items) for part in ((d, item) if i else (item,))
+    )
 
 
 def _tojson(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,14 @@ class TurnTemplate(ChatTemplate):
             out.append(self.assistant.rstrip(" "))
         return "".join(out)
 
+    def _ids(self, messages: list[Message], tokenizer: Tokenizer, options: RenderOptions) -> list[int]:
+        if self.bos and self.bos not in tokenizer.special_tokens:
+            # Another family's vocabulary: its own begin token instead of this spelling as text.
+            own = copy(self)
+            own.bos = ""
+            return own._ids(messages, tokenizer, options)
+        return super()._ids(messages, tokenizer, options)
+
     def _opening(self, turns: list[tuple[str, str]], tools: list[dict[str, Any]] | None) -> str:
         """System text and tools."""
         texts = [content for role, content in turns if role == "system"] or [self.meta_instruction]
@@ -97,7 +106,9 @@ def read_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
             raise InvalidParameter(f"role={message['role']!r}: use system, user, assistant or tool")
         if not isinstance(content, str):
             kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)})
-            raise InvalidParameter(f"content parts of type {kinds} need a vision-language model; this template takes text")
+            raise InvalidParameter(
+                f"content parts of type {kinds} need a vision-language model; this template takes text"
+            )
         turns.append((role, content))
     return turns
 
@@ -149,7 +160,9 @@ class InfillingTemplate(TurnTemplate):
     def _split(self, messages: Sequence[Message]) -> tuple[str, str]:
         before, mark, after = "".join(content for _, content in read_turns(messages)).partition("<FILL>")
         if not mark:
-            raise InvalidParameter("infilling needs the mark <FILL> where text is to be written; it is not in the prompt")
+            raise InvalidParameter(
+                "infilling needs the mark <FILL> where text is to be written; it is not in the prompt"
+            )
         return before, after
 
     def _ids(self, messages: list[Message], tokenizer: Tokenizer, options: RenderOptions) -> list[int]:
@@ -163,7 +176,7 @@ class InfillingTemplate(TurnTemplate):
 
     def stop_token_ids(self, tokenizer: Tokenizer) -> list[int]:
         ids = super().stop_token_ids(tokenizer)
-        return ids + [self._mark_id(tokenizer, self.end_token)] if self.capability == "infilling" else ids
+        return [*ids, self._mark_id(tokenizer, self.end_token)] if self.capability == "infilling" else ids
 
     @staticmethod
     def _mark_id(tokenizer: Tokenizer, token: str) -> int:
@@ -171,7 +184,9 @@ class InfillingTemplate(TurnTemplate):
             token_id = tokenizer.token_to_id(spelling)
             if token_id is not None:
                 return token_id
-        raise ConfigError(f"infilling needs the token {token!r}, which this model's vocabulary lacks; use a Code Llama model")
+        raise ConfigError(
+            f"infilling needs the token {token!r}, which this model's vocabulary lacks; use a Code Llama model"
+        )
 
 
 def _encode_continuation(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -69,7 +69,7 @@ def modernise(argv: Sequence[str], parser: Parser) -> tuple[list[str], list[str]
             result.append(token)
             continue
         option, equals, value = token.partition("=")
-        name = _today(option, era, notices)
+        name = _today(option, era)
         if name in era.dropped or name in era.positional:
             taken = value if equals else _take_value(rest)
             if name in era.positional and taken is not None:
@@ -79,11 +79,14 @@ def modernise(argv: Sequence[str], parser: Parser) -> tuple[list[str], list[str]
         literal = _literal(command, name, value if equals else (rest[0] if rest else ""))
         if literal is None:
             result.append(name + equals + value)
+            if name != option:
+                notices.append(f"`{option}` is now written `{name}`")
             continue
         if not equals:
             rest.pop(0)
-        result += _switch(command, name, literal)
-        notices.append(f"`{option} {literal}` is now written `{' '.join(_switch(command, name, literal))}`")
+        switch = _switch(command, name, literal)
+        result += switch
+        notices.append(f"`{option} {literal}` is now " + (f"written `{switch[0]}`" if switch else "written by leaving it out"))
     return [*path, *positionals, *result], notices
 
 
@@ -96,12 +99,9 @@ def _replace_word(rest: list[str], era: Era, path: tuple[str, ...]) -> tuple[lis
     return [*options, *rest[1:]], [f"`{old}` is now written `{new}`"]
 
 
-def _today(option: str, era: Era, notices: list[str]) -> str:
+def _today(option: str, era: Era) -> str:
     dashed = "--" + option[2:].replace("_", "-")
-    name = era.renamed.get(dashed, dashed)
-    if name != option:
-        notices.append(f"`{option}` is now written `{name}`")
-    return name
+    return era.renamed.get(dashed, dashed)
 
 
 def _notice(option: str, name: str, era: Era) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Router(nn.Module):
     """Scores every expert for every token and chooses the best ones; in float32 throughout."""
 
+    float32_parameters = ("weight", "bias", "score_bias")
+
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
         self.moe = moe
@@ -29,8 +31,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, k] float32 and experts [T, k] of the k choices of each token; x: [T, C]."""
-        bias = None if self.bias is None else self.bias.float()
-        return choose_experts(F.linear(x.float(), self.weight.float(), bias), self.score_bias, self.moe)
+        return choose_experts(F.linear(x.float(), self.weight, self.bias), self.score_bias, self.moe)
 
 
 def choose_experts(logits: Tensor, score_bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ def choose_experts(logits: Tensor, score_bias: Tensor | None, moe: MoEConfig) ->
         top, experts = logits.topk(moe.experts_per_token, dim=-1)
         return torch.softmax(top, dim=-1), experts
     scores = torch.sigmoid(logits) if moe.scoring == "sigmoid" else torch.softmax(logits, dim=-1)
-    rated = scores if score_bias is None else scores + score_bias.float()
+    rated = scores if score_bias is None else scores + score_bias
     if moe.group_score is not None and moe.top_groups < moe.num_groups:
         rated = _only_best_groups(rated, moe)
     experts = rated.topk(moe.experts_per_token, dim=-1).indices

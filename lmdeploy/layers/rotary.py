@@ -33,7 +33,7 @@ class Rotary:
 
     def tables(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """cos and sin of every token of the step, each [T, R / 2] float32; computed once per step."""
-        return ctx.once(self, lambda: self._step_tables(ctx))  # type: ignore[no-any-return]
+        return ctx.once(self, lambda: self._step_tables(ctx))
 
     def step_frequencies(self, ctx: ForwardContext) -> Tensor:
         """The angular frequencies of every token of the step, [T, R / 2] float32; computed once per step."""
@@ -41,7 +41,7 @@ class Rotary:
         def compute() -> Tensor:
             return self.frequencies(self.effective_lengths(ctx.positions, ctx.prompt_lens[ctx.token_rows]))
 
-        return ctx.once((self, "frequencies"), compute)  # type: ignore[no-any-return]
+        return ctx.once((self, "frequencies"), compute)
 
     def cos_sin(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, R / 2] float32, of tokens at positions [T] of requests with prompts of lengths [T] tokens."""

@@ -59,4 +59,4 @@ def model_class(architecture: str) -> type[CausalLM]:
             f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     module, name = ARCHITECTURES[architecture].split(":")
-    return getattr(import_module(f"lmdeploy.models.{module}"), name)  # type: ignore[no-any-return]
+    return getattr(import_module(f"lmdeploy.models.{module}"), name)

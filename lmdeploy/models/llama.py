@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -37,10 +36,10 @@ class LlamaForCausalLM(CausalLM):
         Skip(r"rotary_emb\.inv_freq$"),
     )
 
-    layer_class: ClassVar[Callable[[CausalLM, int], nn.Module]] = LlamaDecoderLayer
+    layer_class: ClassVar[type[nn.Module]] = LlamaDecoderLayer
 
     def make_layer(self, index: int) -> nn.Module:
-        return type(self).layer_class(self, index)
+        return self.layer_class(self, index)
 
 
 ROUTED_WEIGHT_MAP = WeightMap(

@@ -62,7 +62,7 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, layer_type: str = "full_atte
 def rope_parameters(hf: Mapping[str, Any], layer_type: str = "full_attention") -> Mapping[str, Any]:
     """The mapping that holds the scaling keys, {} if there is none; the one of `layer_type` if they are nested by type."""
     params = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if params and all(isinstance(value, Mapping) for value in params.values()):
+    if isinstance(params, Mapping) and params and all(isinstance(value, Mapping) for value in params.values()):
         params = params.get(layer_type, {})
     if not isinstance(params, Mapping):
         raise ConfigError(f"rope_scaling must be a mapping or null, not {params!r}")

@@ -1,4 +1,4 @@
-"""How a checkpoint's tensors become a model's parameters, as rules that a family declares. It reads no file and knows no format.
+"""How a checkpoint's tensors become a model's parameters, as rules that a family declares. It reads no file of any format.
 
 A rule sees a tensor's name, not its values: it changes the name, says which part of a fused linear the tensor is, or adds a
 step that its value will go through, dense or quantized, weight or bias alike. Rules run in their order, each on what the ones
@@ -157,7 +157,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Experts:
-    """Modules source.E.{gate, up, down} of each expert E are parts of target.gate_up_proj (2 E, 2 E + 1) and target.down_proj (E).
+    """Modules source.E.{gate, up, down} of expert E are parts 2 E and 2 E + 1 of target.gate_up_proj and E of target.down_proj.
 
     source: regular expression; target: its replacement.
     """
@@ -219,7 +219,7 @@ def grouped_qkv(config: ModelConfig, num_rows: int) -> Tensor:
 
 
 def halves_from_pairs(config: ModelConfig, num_rows: int) -> Tensor:
-    """Row order for rotating halves of a head, of rows stored for rotating neighbours: 0, 2, 4, ..., 1, 3, 5, ... of each head."""
+    """Row order 0, 2, 4, ..., 1, 3, 5, ... of each head: rows stored for rotating neighbours as rotating halves needs them."""
     return torch.arange(num_rows).view(-1, config.head_dim // 2, 2).transpose(1, 2).flatten()
 
 

@@ -30,7 +30,9 @@ class AffineMethod(LinearMethod):
         self.dtype = torch.bfloat16
         self._parts: dict[int, AffineTensor] = {}
 
-    def load(self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype) -> None:
+    def load(
+        self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Keep the part's integers until the others are there."""
         if not isinstance(value, AffineTensor):
             raise TypeError(f"a part of {linear} is dense; UnquantizedMethod takes such linears")
@@ -40,7 +42,7 @@ class AffineMethod(LinearMethod):
     def finish(self, linear: Linear) -> None:
         weight = AffineTensor.stack([self._parts[part] for part in range(len(linear.parts))])
         self._parts = {}
-        self.kernels = choose_kernels(weight.q.device, self.dtype)
+        self.kernels = choose_kernels(weight, self.dtype)
         self.packed = self.kernels.pack(weight.q, weight.scales, weight.mins, weight.bits)
 
     def apply(self, linear: Linear, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
@@ -61,14 +63,20 @@ class AffineMethod(LinearMethod):
         return self.kernels.embed(ids, self.packed, self.dtype)
 
     def dense_weight(self, linear: Linear) -> Tensor:
-        return AffineTensor(*self.kernels.unpack(self.packed), self.packed.bits).dequantize(self.dtype)
+        q, scales, mins = self.kernels.unpack(self.packed)
+        return AffineTensor(q, scales, mins, self.packed.bits).dequantize(self.dtype)
 
     def num_bytes(self, linear: Linear) -> int:
         return super().num_bytes(linear) + self.packed.num_bytes
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The fastest module with pack, unpack, linear, gated_mlp and embed for weights on this device."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and cpu.is_available():
-        return cpu
+def choose_kernels(weight: AffineTensor, dtype: torch.dtype) -> ModuleType:
+    """The fastest module with pack, unpack, linear, gated_mlp and embed for this weight [N, K] where it lies."""
+    if weight.q.device.type == "cpu" and dtype == torch.bfloat16:
+        if cpu.is_available():
+            return cpu
+        from lmdeploy.kernels import aten_affine
+
+        if aten_affine.supports(weight.shape[0], weight.group_size, weight.bits):
+            return aten_affine
     return reference

@@ -54,7 +54,9 @@ def _dequantize(data: Tensor, kind: GGMLQuantizationType, shape: tuple[int, ...]
     try:
         values = dequantize(data.view(*shape[:-1], -1).numpy(), kind)
     except NotImplementedError as error:
-        raise CheckpointError(f"GGUF tensors of type {kind.name} cannot be read; requantize the file to Q4_K_M") from error
+        raise CheckpointError(
+            f"GGUF tensors of type {kind.name} cannot be read; requantize the file to Q4_K_M"
+        ) from error
     return torch.from_numpy(values).view(shape)
 
 
@@ -62,12 +64,12 @@ def _planes(raw: Tensor, span: int, bits: int) -> Tensor:
     """Unsigned integers of `bits` bits from bytes [B, n], each span of bytes plane by plane: [B, n * 8 / bits]."""
     blocks, size = raw.shape
     out = torch.empty(blocks, size // span, 8 // bits, span, dtype=torch.uint8)
-    spans = raw.reshape(blocks, size // span, span)
-    for plane in range(8 // bits):
-        target = out[:, :, plane]
+    # Eight bytes at a time where spans allow it: the shift moves bits across bytes, the mask drops those that crossed.
+    word, mask = (torch.int64, 0x0101010101010101) if span % 8 == 0 else (torch.uint8, 1)
+    spans = raw.contiguous().view(word).view(blocks, size // span, -1)
+    for plane, target in enumerate(out.view(word).unbind(2)):
         torch.bitwise_right_shift(spans, plane * bits, out=target)
-        if (plane + 1) * bits < 8:
-            target &= (1 << bits) - 1
+        target &= ((1 << bits) - 1) * mask
     return out.view(blocks, -1)
 
 

@@ -51,18 +51,16 @@ class LinearMethod:
         """Sum of weights [T, k] times the gated MLPs of experts [T, k]; parts of gate_up: gate and up of each expert in turn."""
         from lmdeploy import kernels
 
-        def by_expert(rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else rows.unflatten(0, (len(down.parts), -1))
-
+        by_expert = (len(down.parts), -1)
         return kernels.routed_mlp(
             x,
             weights,
             experts,
-            by_expert(gate_up.method.dense_weight(gate_up)),
-            by_expert(down.method.dense_weight(down)),
+            gate_up.method.dense_weight(gate_up).unflatten(0, by_expert),
+            down.method.dense_weight(down).unflatten(0, by_expert),
             activation,
-            by_expert(gate_up.bias),
-            by_expert(down.bias),
+            None if gate_up.bias is None else gate_up.bias.unflatten(0, by_expert),
+            None if down.bias is None else down.bias.unflatten(0, by_expert),
             clamp,
         )
 

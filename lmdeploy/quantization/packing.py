@@ -37,7 +37,10 @@ class AffineTensor:
 
     def rows(self, index: slice | Tensor) -> AffineTensor:
         """The given rows (entries of the first dimension)."""
-        return replace(self, q=self.q[index], scales=self.scales[index], mins=self.mins[index])
+        if isinstance(index, slice):
+            return replace(self, q=self.q[index], scales=self.scales[index], mins=self.mins[index])
+        q, scales, mins = (t.index_select(0, index) for t in (self.q, self.scales, self.mins))
+        return replace(self, q=q, scales=scales, mins=mins)
 
     def flatten_rows(self) -> AffineTensor:
         """[E, I, K] as [E * I, K]; a matrix stays as it is."""

@@ -25,7 +25,9 @@ class UnquantizedMethod(LinearMethod):
     def __init__(self) -> None:
         self._has_cpu_kernel = False
 
-    def load(self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype) -> None:
+    def load(
+        self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Write the part into its rows of the one tensor that there is."""
         if not hasattr(linear, "weight"):
             weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device)

@@ -23,7 +23,9 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _PREFIX = "tokenizer.ggml."
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Ends of turns and documents: a file names one or two of them by key and leaves out the rest.
-_ENDS = frozenset("<|im_end|> <|eot_id|> <|eom_id|> <|end|> <end_of_turn> <|endoftext|> <|return|> <|call|>".split())
+_ENDS = frozenset(
+    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>", "<|call|>")
+)
 
 
 def read_gguf_settings(metadata: Mapping[str, Any]) -> TokenizerSettings:

@@ -71,4 +71,6 @@ _SAME = {
 SPLIT_ALIASES: dict[str, str] = {alias: name for name, aliases in _SAME.items() for alias in aliases.split()}
 
 # Vocabularies in which a whole piece that is a token stays one, whatever its merges would give.
-WHOLE_PIECE_FIRST = frozenset("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2 midm-2.0 tekken".split())
+WHOLE_PIECE_FIRST = frozenset(
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "midm-2.0", "tekken")
+)

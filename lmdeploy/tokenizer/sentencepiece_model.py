@@ -135,7 +135,9 @@ def make_bpe_model(pieces: Sequence[str], scores: Sequence[float], kinds: Sequen
     model_type_bpe, byte_fallback = b"\x18\x02", b"\x98\x02\x01"
     trainer = model_type_bpe + (byte_fallback if 6 in kinds else b"")
     keep_whitespace, escape_whitespace = b"\x20\x00", b"\x28\x01"
-    normalizer = _field(1, b"identity") + _ADD_DUMMY_PREFIX + _varint(int(space_prefix)) + keep_whitespace + escape_whitespace
+    normalizer = (
+        _field(1, b"identity") + _ADD_DUMMY_PREFIX + _varint(int(space_prefix)) + keep_whitespace + escape_whitespace
+    )
     return table + _field(2, trainer) + _field(3, normalizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,16 @@ def read_settings(folder: Path) -> TokenizerSettings:
     return settings
 
 
-def chatglm_tokens(folder: Path, pieces: int) -> list[AddedToken]:
-    """ChatGLM2's and 3's special tokens. ChatGLM3, the one with roles, is told by its own tokenizer code, which is read
-    as text and never run: the two models' configs and vocabularies are the same."""
+def chatglm_tokens(folder: Path, pieces: int, added: Sequence[AddedToken]) -> list[AddedToken]:
+    """ChatGLM2's and 3's special tokens, after so many pieces.
+
+    The two models' configs and vocabularies are the same. ChatGLM3, the one with roles, is told by its added tokens, or by
+    its own tokenizer code, which is read as text and never run.
+    """
     code = folder / "tokenization_chatglm.py"
-    has_roles = code.is_file() and "<|assistant|>" in code.read_text(encoding="utf-8", errors="replace")
+    has_roles = any(token.text in _CHATGLM_ROLES for token in added)
+    if not has_roles and code.is_file():
+        has_roles = _CHATGLM_ROLES[-1] in code.read_text(encoding="utf-8", errors="replace")
     names = _CHATGLM_MARKS + (_CHATGLM_ROLES if has_roles else ())
     return [AddedToken(pieces + i, text) for i, text in enumerate(names)]
 
@@ -123,7 +128,9 @@ def _read_added(folder: Path, tokenizer_config: Mapping[str, Any], settings: Tok
     decoder = tokenizer_config.get("added_tokens_decoder")
     for key, entry in (decoder if isinstance(decoder, Mapping) else {}).items():
         if not (key.isdigit() and isinstance(entry, Mapping) and _spelling(entry)):
-            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has the entry {key!r}: {entry!r}")
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has the entry {key!r}: {entry!r}"
+            )
         names = ("lstrip", "rstrip", "normalized", "single_word")
         flags = {name: bool(entry.get(name, False)) for name in names}
         special = bool(entry.get("special", False)) or entry["content"] in settings.extra_special

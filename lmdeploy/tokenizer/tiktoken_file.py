@@ -69,10 +69,21 @@ def _cl100k_tokens(config: Mapping[str, Any]) -> list[str]:
 FAMILIES: dict[str, TiktokenFamily] = {
     "qwen": TiktokenFamily(patterns.QWEN2, _qwen_tokens, ("qwen",), 151643, eos="<|endoftext|>", composes_unicode=True),
     "llama3": TiktokenFamily(
-        patterns.LLAMA3, _llama3_tokens, ("llama",), 128000, "<|begin_of_text|>", "<|end_of_text|>", ("<|begin_of_text|>",)
+        patterns.LLAMA3,
+        _llama3_tokens,
+        ("llama",),
+        rank_count=128000,
+        bos="<|begin_of_text|>",
+        eos="<|end_of_text|>",
+        prefix=("<|begin_of_text|>",),
     ),
     "glm4": TiktokenFamily(
-        patterns.LLAMA3, _glm4_tokens, ("chatglm", "glm", "glm4"), 151329, None, "<|endoftext|>", ("[gMASK]", "<sop>")
+        patterns.LLAMA3,
+        _glm4_tokens,
+        ("chatglm", "glm", "glm4"),
+        rank_count=151329,
+        eos="<|endoftext|>",
+        prefix=("[gMASK]", "<sop>"),
     ),
     "cl100k": TiktokenFamily(patterns.LLAMA3, _cl100k_tokens, ("dbrx",), 100256, eos="<|endoftext|>"),
 }
@@ -90,15 +101,15 @@ def is_tiktoken_file(path: Path) -> bool:
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes to rank; raises CheckpointError naming the line that is none."""
-    ranks = {}
-    number = 0
+    ranks: dict[bytes, int] = {}
+    line = b""
     try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        for line in path.read_bytes().splitlines():
             if line:
                 token, rank = line.split()
                 ranks[base64.b64decode(token)] = int(rank)
     except ValueError as error:  # binascii.Error is one
-        raise CheckpointError(f"{path}, line {number}: not a base64 token and a rank ({error})") from error
+        raise CheckpointError(f"{path}: {line[:80]!r} is not a base64 token and a rank; get the file again") from error
     return ranks
 
 

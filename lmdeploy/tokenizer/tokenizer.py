@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.gguf_file import is_gguf, read_metadata
@@ -27,7 +26,7 @@ class Tokenizer:
 
     vocab_size: one more than the largest id; a model's embedding may be padded beyond it. eos_token_ids: every id that ends
     generation, eos_token_id first. chat_template: the model's Jinja, None if it brings none; chat_templates: all of them
-    by name. special_tokens: ids by spelling.
+    by name. special_tokens: ids by spelling. model_type: of config.json, or GGUF's architecture.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,6 +36,7 @@ class Tokenizer:
         self.vocab_size: int = vocabulary.size
         self.special_tokens: dict[str, int] = vocabulary.special_tokens
         self.chat_templates: dict[str, str] = settings.chat_templates
+        self.model_type = str(settings.config.get("model_type") or "")
         self.bos_token, self.bos_token_id = self._named(settings, "bos_token")
         self.eos_token, self.eos_token_id = self._named(settings, "eos_token")
         self.unk_token, _ = self._named(settings, "unk_token")
@@ -189,10 +189,8 @@ def _load_sentencepiece(file: Path, settings: TokenizerSettings) -> Vocabulary:
     model = file.read_bytes()
     vocabulary = SentencePieceVocabulary(model, settings.added_tokens, settings.space_before)
     if settings.config.get("model_type") == "chatglm" or settings.tokenizer_class == "ChatGLMTokenizer":
-        listed = {token.id for token in settings.added_tokens}
-        marks = chatglm_tokens(file.parent, vocabulary.piece_count)
-        added = [*settings.added_tokens, *(token for token in marks if token.id not in listed)]
-        vocabulary = SentencePieceVocabulary(model, added, settings.space_before)
+        marks = chatglm_tokens(file.parent, vocabulary.piece_count, settings.added_tokens)
+        vocabulary = SentencePieceVocabulary(model, [*settings.added_tokens, *marks], settings.space_before)
         vocabulary.prefix_ids = (vocabulary.piece_count + 1, vocabulary.piece_count + 3)  # [gMASK], sop
     for name, text in vocabulary.named_tokens.items():
         settings.named_tokens.setdefault(name, text)

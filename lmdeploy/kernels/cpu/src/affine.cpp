@@ -4,7 +4,9 @@
 namespace lm {
 namespace {
 
-constexpr int kPrefetchBytes = PFD;
+// One token moves through the weights at the memory's speed and the hardware runs ahead by itself; with more tokens
+// the reads are too far apart for it.
+constexpr int kPrefetchBytes = 1024;
 
 // One activation group: STEPS times four channels.
 template <int BITS, int STEPS, int ROWS>
@@ -13,7 +15,7 @@ inline void dot_group(const uint8_t*& wq, const int32_t*& aq, Dot<BITS>* dot) {
 #pragma GCC unroll 4
     for (int step = 0; step < STEPS; step += 2) {
       const W both = w_load(wq);
-      prefetch(wq + kPrefetchBytes);
+      if constexpr (ROWS >= 4) prefetch(wq + kPrefetchBytes);
       const W low = w_low(both), high = w_high(both);
       wq += 64;
 #pragma GCC unroll 16
@@ -26,7 +28,7 @@ inline void dot_group(const uint8_t*& wq, const int32_t*& aq, Dot<BITS>* dot) {
 #pragma GCC unroll 8
     for (int step = 0; step < STEPS; step++) {
       const W w = w_load(wq);
-      prefetch(wq + kPrefetchBytes);
+      if constexpr (ROWS >= 4) prefetch(wq + kPrefetchBytes);
       wq += 64;
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; row++) dot[row].add(w, aq + row);
@@ -41,17 +43,17 @@ void multiply_tile(const Weight& weight, int64_t tile, const int8_t* q, const fl
   const Weight w = weight;
   const uint8_t* wq = w.tile_q(tile);
   const uint8_t* meta = w.tile_meta(tile);
-  const int64_t meta_stride = w.meta_stride();
+  const int64_t meta_stride = w.meta_stride;
   const int32_t* aq = reinterpret_cast<const int32_t*>(q);
-  const int per_weight_group = w.group / w.act_group();
+  const int acts_per_group = w.acts_per_group();
   F acc[ROWS];
   for (int row = 0; row < ROWS; row++) acc[row] = f_zero();
-  for (int64_t group = w.k / w.group; group > 0; group--) {
+  for (int64_t group = w.groups; group > 0; group--) {
     F weight_scale, minimum = f_zero();
     load_meta(meta, w, weight_scale, minimum);
-    prefetch(meta + 8 * meta_stride);
+    if constexpr (ROWS >= 4) prefetch(meta + 4 * meta_stride);
     meta += meta_stride;
-    for (int part = 0; part < per_weight_group; part++) {
+    for (int part = 0; part < acts_per_group; part++) {
       Dot<BITS> dot[ROWS];
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; row++) dot[row].start(CONSTANT_ZERO ? offset[row] : 0);

@@ -21,17 +21,15 @@ struct Weight {
   const uint8_t* q;
   const uint8_t* meta;
   int64_t n, k;
+  int64_t groups, meta_stride;  // k / group, bytes of meta per group of a tile
   int32_t group, bits, scale_is_f32, aux, zero, reserved;
 
   int64_t tiles() const { return (n + 15) / 16; }
   int act_group() const { return group < 32 ? group : 32; }
-  int64_t act_groups() const { return k / act_group(); }
-  int64_t meta_stride() const {
-    const int64_t wide = scale_is_f32 ? 4 : 2;
-    return 16 * (wide + (aux == kMinimum ? wide : aux == kZeroByte ? 1 : 0));
-  }
+  int acts_per_group() const { return group <= 32 ? 1 : group >> 5; }
+  int64_t act_groups() const { return groups * acts_per_group(); }
   const uint8_t* tile_q(int64_t tile) const { return q + tile * (bits * 2 * k); }
-  const uint8_t* tile_meta(int64_t tile) const { return meta + tile * (k / group) * meta_stride(); }
+  const uint8_t* tile_meta(int64_t tile) const { return meta + tile * groups * meta_stride; }
 };
 
 // Quantized activations of up to `capacity` tokens.

@@ -5,6 +5,7 @@
 // against packed blocks of kTileKeys keys with a running softmax, as in FlashAttention, https://arxiv.org/abs/2205.14135.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "pool.h"
 #include "simd.h"
@@ -66,9 +67,16 @@ struct Call {
   int64_t partial_size() const { return static_cast<int64_t>(group) * (2 + spec.dim); }
   int64_t context(int64_t request) const { return step.context_lens[request]; }
   int64_t queries(int64_t request) const { return step.starts[request + 1] - step.starts[request]; }
-  const char* cache_row(const Cache& cache, int64_t request, int64_t kv_head, int64_t position) const {
+  // rows[i] = the cached row of position first + i
+  void cache_rows(const Cache& cache, int64_t request, int64_t kv_head, int64_t first, int count,
+                  const char** rows) const {
     const int32_t* table = step.block_tables + request * step.table_stride;
-    return cache.row(table[position / step.block_size], kv_head, position % step.block_size);
+    const int64_t size = cache.token * (cache.dtype == kBF16 ? 2 : 4);
+    int64_t block = first / step.block_size, offset = first - block * step.block_size;
+    for (int i = 0; i < count; block++, offset = 0) {
+      const char* row = cache.row(table[block], kv_head, offset);
+      for (; i < count && offset < step.block_size; i++, offset++, row += size) rows[i] = row;
+    }
   }
   int64_t first_visible(int64_t position) const {
     return spec.window > 0 ? std::max<int64_t>(0, position - spec.window + 1) : 0;
@@ -145,25 +153,55 @@ void prepare_token(const Call& call, int64_t token) {
 
 // ---- one new token ----------------------------------------------------------------------------------------------
 
-F dot_at(F acc, const char* key, int cache_dtype, const void* q, [[maybe_unused]] bool bf16, int at) {
-#if defined(__AVX512BF16__)
-  if (bf16) return f_dot_bf16(acc, reinterpret_cast<const uint16_t*>(key) + at, static_cast<const uint16_t*>(q) + at);
-#endif
-  return f_fma(load_any(key, cache_dtype, at), f_load(static_cast<const float*>(q) + at), acc);
-}
-
-// scores[i] = q . key i; the last keys are repeated to make four.
-template <bool BF16, int CACHE>
-void score_keys(const char* const* keys, int count, const char* q, int dim, float* scores) {
-  constexpr int step = BF16 ? 32 : 16;
+// scores[h][i] = q[h] . key i for HEADS heads; the last keys are repeated to make four. DIM 0: any multiple of 16 or 32.
+template <bool BF16, int CACHE, int HEADS, int DIM>
+void score_keys(const char* const* keys, int count, const char* q, int any_dim, float* scores) {
+  const int dim = DIM > 0 ? DIM : any_dim;
   for (int first = 0; first < count; first += 4) {
     const char* row[4];
     for (int i = 0; i < 4; i++) row[i] = keys[std::min(first + i, count - 1)];
-    F acc[4] = {f_zero(), f_zero(), f_zero(), f_zero()};
-    for (int at = 0; at < dim; at += step)
-      for (int i = 0; i < 4; i++) acc[i] = dot_at(acc[i], row[i], CACHE, q, BF16, at);
-    f_sum4(scores + first, acc[0], acc[1], acc[2], acc[3]);
+    F acc[HEADS][4];
+    for (int h = 0; h < HEADS; h++)
+      for (int i = 0; i < 4; i++) acc[h][i] = f_zero();
+    for (int at = 0; at < dim; at += BF16 ? 32 : 16)
+      for (int i = 0; i < 4; i++) {
+#if defined(__AVX512BF16__)
+        if constexpr (BF16) {
+          for (int h = 0; h < HEADS; h++)
+            acc[h][i] = f_dot_bf16(acc[h][i], reinterpret_cast<const uint16_t*>(row[i]) + at,
+                                   reinterpret_cast<const uint16_t*>(q) + h * dim + at);
+          continue;
+        }
+#endif
+        const F key = load_any(row[i], CACHE, at);
+        for (int h = 0; h < HEADS; h++)
+          acc[h][i] = f_fma(key, f_load(reinterpret_cast<const float*>(q) + h * dim + at), acc[h][i]);
+      }
+    for (int h = 0; h < HEADS; h++) f_sum4(scores + h * kSplit + first, acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
   }
+}
+
+// Calls body(first head, number of heads as a constant) for up to four heads at a time.
+template <class Body>
+void each_heads(int group, const Body& body) {
+  for (int head = 0; head < group; head += 4) {
+    switch (group - head) {
+      case 1: body(head, std::integral_constant<int, 1>()); break;
+      case 2: body(head, std::integral_constant<int, 2>()); break;
+      case 3: body(head, std::integral_constant<int, 3>()); break;
+      default: body(head, std::integral_constant<int, 4>());
+    }
+  }
+}
+
+template <bool BF16, int CACHE>
+void score_group(const char* const* keys, int count, int group, const char* q, int dim, float* scores) {
+  each_heads(group, [&](int head, auto heads) {
+    const auto score = dim == 64    ? score_keys<BF16, CACHE, heads.value, 64>
+                       : dim == 128 ? score_keys<BF16, CACHE, heads.value, 128>
+                                    : score_keys<BF16, CACHE, heads.value, 0>;
+    score(keys, count, q + static_cast<int64_t>(head) * dim * (BF16 ? 2 : 4), dim, scores + head * kSplit);
+  });
 }
 
 // The logit that softmax sees, of keys at `position` and on.
@@ -224,21 +262,9 @@ void weigh_heads(const char* const* values, int count, int dim, const float* p, 
 template <int CACHE>
 void weigh_group(const char* const* values, int count, int dim, int group, const float* p, float* out,
                  int64_t out_stride) {
-  for (int head = 0; head < group;) {
-    const int left = group - head;
-    float* to = out + head * out_stride;
-    const float* from = p + head * kSplit;
-    if (left >= 4) {
-      weigh_heads<4, CACHE>(values, count, dim, from, to, out_stride);
-    } else if (left == 3) {
-      weigh_heads<3, CACHE>(values, count, dim, from, to, out_stride);
-    } else if (left == 2) {
-      weigh_heads<2, CACHE>(values, count, dim, from, to, out_stride);
-    } else {
-      weigh_heads<1, CACHE>(values, count, dim, from, to, out_stride);
-    }
-    head += std::min(left, 4);
-  }
+  each_heads(group, [&](int head, auto heads) {
+    weigh_heads<heads.value, CACHE>(values, count, dim, p + head * kSplit, out + head * out_stride, out_stride);
+  });
 }
 
 struct DecodeTask {
@@ -275,25 +301,19 @@ void join_pieces(const Call& call, const DecodeTask& task) {
 void attend_piece(const Call& call, const DecodeTask& task) {
   const int dim = call.spec.dim, count = static_cast<int>(task.end - task.first);
   const char *keys[kSplit], *values[kSplit];
-  for (int i = 0; i < count; i++) {
-    keys[i] = call.cache_row(call.keys, task.request, task.kv_head, task.first + i);
-    values[i] = call.cache_row(call.values, task.request, task.kv_head, task.first + i);
-  }
+  call.cache_rows(call.keys, task.request, task.kv_head, task.first, count, keys);
+  call.cache_rows(call.values, task.request, task.kv_head, task.first, count, values);
   float* scores = thread_array<float>(call.group * kSplit + 16);
   float* partial = call.partials + (task.first_partial + task.piece) * call.partial_size();
   const int64_t q_at = call.q_index(task.kv_head, call.step.starts[task.request]);
+  const char* q = static_cast<const char*>(call.q) + q_at * (call.bf16 ? 2 : 4);
+  const auto score = call.bf16                     ? score_group<kHasBF16Dot, kBF16>
+                     : call.keys.dtype == kBF16 ? score_group<false, kBF16>
+                                                : score_group<false, kF32>;
+  score(keys, count, call.group, q, dim, scores);
   for (int g = 0; g < call.group; g++) {
-    const char* q = static_cast<const char*>(call.q) + (q_at + g * dim) * (call.bf16 ? 2 : 4);
-    float* row = scores + g * kSplit;
-    if (call.bf16) {
-      score_keys<kHasBF16Dot, kBF16>(keys, count, q, dim, row);
-    } else if (call.keys.dtype == kBF16) {
-      score_keys<false, kBF16>(keys, count, q, dim, row);
-    } else {
-      score_keys<false, kF32>(keys, count, q, dim, row);
-    }
     float* head = partial + g * (2 + dim);
-    soften(row, count, call.spec, task.kv_head * call.group + g, task.first, head[0], head[1]);
+    soften(scores + g * kSplit, count, call.spec, task.kv_head * call.group + g, task.first, head[0], head[1]);
   }
   const auto weigh = call.values.dtype == kBF16 ? weigh_group<kBF16> : weigh_group<kF32>;
   weigh(values, count, dim, call.group, scores, partial + 2, 2 + dim);
@@ -375,16 +395,12 @@ const uint32_t* row_words(const char* row, int dtype, bool bf16, int dim, uint32
 void pack_keys(const Call& call, const TileTask& task, int64_t first, int count, Workspace& space) {
   const int dim = call.spec.dim, words = call.bf16 ? dim / 2 : dim;
   alignas(64) static const uint32_t zeros[512] = {};
+  const char* cached[kTileKeys];
+  call.cache_rows(call.keys, task.request, task.kv_head, first, count, cached);
   for (int at = 0; at < count; at += 16) {
     const uint32_t* rows[16];
-    for (int i = 0; i < 16; i++) {
-      if (at + i < count) {
-        const char* row = call.cache_row(call.keys, task.request, task.kv_head, first + at + i);
-        rows[i] = row_words(row, call.keys.dtype, call.bf16, dim, space.rows + i * dim);
-      } else {
-        rows[i] = zeros;
-      }
-    }
+    for (int i = 0; i < 16; i++)
+      rows[i] = at + i < count ? row_words(cached[at + i], call.keys.dtype, call.bf16, dim, space.rows + i * dim) : zeros;
     for (int word = 0; word < words; word += 16) {
       transpose_words(rows, space.keys + (static_cast<int64_t>(at) * words + word * 16));
       for (auto& row : rows) row += 16;
@@ -396,21 +412,18 @@ void pack_keys(const Call& call, const TileTask& task, int64_t first, int count,
 void pack_values(const Call& call, const TileTask& task, int64_t first, int count, Workspace& space) {
   const int dim = call.spec.dim;
   alignas(64) static const uint16_t zeros[512] = {};
+  const char* cached[kTileKeys];
+  call.cache_rows(call.values, task.request, task.kv_head, first, count, cached);
   if (!call.bf16) {
     for (int i = 0; i < count; i++) {
-      const char* row = call.cache_row(call.values, task.request, task.kv_head, first + i);
-      const uint32_t* from = row_words(row, call.values.dtype, false, dim, space.rows);
+      const uint32_t* from = row_words(cached[i], call.values.dtype, false, dim, space.rows);
       std::memcpy(space.values + static_cast<int64_t>(i) * dim, from, dim * 4);
     }
     return;
   }
   for (int i = 0; i < count; i += 2) {
-    const auto* low = reinterpret_cast<const uint16_t*>(
-        call.cache_row(call.values, task.request, task.kv_head, first + i));
-    const auto* high = zeros;
-    if (i + 1 < count)
-      high = reinterpret_cast<const uint16_t*>(
-          call.cache_row(call.values, task.request, task.kv_head, first + i + 1));
+    const auto* low = reinterpret_cast<const uint16_t*>(cached[i]);
+    const auto* high = i + 1 < count ? reinterpret_cast<const uint16_t*>(cached[i + 1]) : zeros;
     uint32_t* to = space.values + static_cast<int64_t>(i / 2) * dim;
     for (int d = 0; d < dim; d++) to[d] = low[d] | static_cast<uint32_t>(high[d]) << 16;
   }

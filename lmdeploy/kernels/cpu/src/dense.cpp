@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "pool.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace lm {
 namespace {
@@ -41,85 +41,66 @@ using namespace lm;
 #pragma GCC visibility push(default)
 extern "C" {
 
-void lm_rms_norm(int threads, int64_t tokens, int64_t k, const void* x, int x_dtype, int64_t x_stride,
-                 const void* weight, int weight_dtype, float eps, float offset, void* out, int out_dtype) {
+struct NormArgs {
+  int64_t threads, tokens, k;
+  RowsArg x;
+  NormArg norm;
+  void* out;
+  int64_t out_dtype;
+};
+
+void lm_rms_norm(const NormArgs* args) {
   const CallLock lock;
+  const NormArgs& a = *args;
+  const Rows x(a.x);
+  const Norm norm(a.norm);
+  const int out_dtype = static_cast<int>(a.out_dtype);
   constexpr int64_t step = 4;
-  parallel(threads, {static_cast<int>((tokens + step - 1) / step)}, [&](int, int chunk) {
-    for (int64_t token = chunk * step; token < std::min(tokens, (chunk + 1) * step); token++) {
-      float squares = 0.0f;
-      F wide = f_zero();
-      int64_t i = 0;
-      for (; i + 16 <= k; i += 16) {
-        const F v = load_any(x, x_dtype, token * x_stride + i);
-        wide = f_fma(v, v, wide);
-      }
-      for (; i < k; i++) {
-        const float v = load_one(x, x_dtype, token * x_stride + i);
-        squares += v * v;
-      }
-      const float factor = 1.0f / std::sqrt((f_sum(wide) + squares) / static_cast<float>(k) + eps);
-      for (i = 0; i + 16 <= k; i += 16) {
-        const F gain = f_add(load_any(weight, weight_dtype, i), f_set(offset));
-        const F v = f_mul(load_any(x, x_dtype, token * x_stride + i), f_set(factor));
-        store_any(out, out_dtype, token * k + i, f_mul(v, gain));
-      }
-      for (; i < k; i++) {
-        const float v = load_one(x, x_dtype, token * x_stride + i) * factor;
-        store_one(out, out_dtype, token * k + i, v * (load_one(weight, weight_dtype, i) + offset));
-      }
-    }
+  parallel(a.threads, {(a.tokens + step - 1) / step}, [&](int, int64_t chunk) {
+    for (int64_t token = chunk * step; token < std::min(a.tokens, (chunk + 1) * step); token++)
+      normalize_row(x, norm, token, a.k, a.out, out_dtype, token * a.k);
   });
 }
 
+// The layout is mirrored in linear.py.
+struct DenseArgs {
+  int64_t threads;
+  const uint16_t* w;
+  int64_t w_stride, n, k, tokens;
+  RowsArg x;
+  NormArg norm;
+  FinishArg finish;
+};
+
 // out [tokens, n] = norm(x) W^T + bias + residual with W [n, k] bfloat16, rows w_stride apart; k a multiple of 16.
-void lm_dense_linear(int threads, const uint16_t* w, int64_t w_stride, int64_t n, int64_t k, int64_t tokens,
-                     const void* x, int x_dtype, int64_t x_stride, const void* norm_weight, int norm_dtype, float eps,
-                     float norm_offset, const void* bias, int bias_dtype, const void* residual, int64_t residual_stride,
-                     void* out, int out_dtype) {
+void lm_dense_linear(const DenseArgs* args) {
   const CallLock lock;
+  const DenseArgs& a = *args;
+  const Rows x(a.x);
+  const Norm norm(a.norm);
+  const Finish finish(a.finish, x.dtype);
   constexpr int dtype = kHasBF16Dot ? kBF16 : kF32;
   constexpr int64_t size = kHasBF16Dot ? 2 : 4;
-  char* rows = static_cast<char*>(shared_buffer(0, tokens * k * size + 64));
-  const int64_t groups = (n + kWeightRows - 1) / kWeightRows;
-  const int64_t step = std::max<int64_t>(1, groups / (threads * 6));
-  const auto prepare = [&](int64_t token) {
-    F squares = f_zero();
-    for (int64_t i = 0; norm_weight && i < k; i += 16) {
-      const F v = load_any(x, x_dtype, token * x_stride + i);
-      squares = f_fma(v, v, squares);
-    }
-    const F factor = f_set(1.0f / std::sqrt(f_sum(squares) / static_cast<float>(k) + eps));
-    for (int64_t i = 0; i < k; i += 16) {
-      F v = load_any(x, x_dtype, token * x_stride + i);
-      if (norm_weight) {
-        const F gain = f_add(load_any(norm_weight, norm_dtype, i), f_set(norm_offset));
-        v = f_mul(f_mul(v, factor), gain);
-      }
-      store_any(rows, dtype, token * k + i, v);
-    }
-  };
+  char* rows = static_cast<char*>(shared_buffer(0, a.tokens * a.k * size + 64));
+  const int64_t groups = (a.n + kWeightRows - 1) / kWeightRows;
+  const int64_t step = std::max<int64_t>(1, groups / (a.threads * 6));
   const auto multiply = [&](int64_t first) {
     const uint16_t* weights[kWeightRows];
-    for (int r = 0; r < kWeightRows; r++) weights[r] = w + std::min(first + r, n - 1) * w_stride;
-    for (int64_t token = 0; token < tokens;) {
-      const int64_t left = tokens - token;
+    for (int r = 0; r < kWeightRows; r++) weights[r] = a.w + std::min(first + r, a.n - 1) * a.w_stride;
+    for (int64_t token = 0; token < a.tokens;) {
+      const int64_t left = a.tokens - token;
       const int count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       float sums[4 * kWeightRows];
       const auto kernel = count == 4 ? dot_rows<4> : count == 2 ? dot_rows<2> : dot_rows<1>;
-      kernel(weights, rows + token * k * size, k, sums);
+      kernel(weights, rows + token * a.k * size, a.k, sums);
       for (int t = 0; t < count; t++)
-        for (int64_t r = 0; r < kWeightRows && first + r < n; r++) {
-          float v = sums[t * kWeightRows + r];
-          if (bias) v += load_one(bias, bias_dtype, first + r);
-          if (residual) v += load_one(residual, x_dtype, (token + t) * residual_stride + first + r);
-          store_one(out, out_dtype, (token + t) * n + first + r, v);
-        }
+        for (int64_t r = 0; r < kWeightRows && first + r < a.n; r++)
+          finish.one(sums[t * kWeightRows + r], token + t, first + r, a.n);
       token += count;
     }
   };
-  parallel(threads, {static_cast<int>(tokens), static_cast<int>((groups + step - 1) / step)}, [&](int phase, int chunk) {
-    if (phase == 0) return prepare(chunk);
+  parallel(a.threads, {a.tokens, (groups + step - 1) / step}, [&](int phase, int64_t chunk) {
+    if (phase == 0) return normalize_row(x, norm, chunk, a.k, rows, dtype, chunk * a.k);
     for (int64_t group = chunk * step; group < std::min(groups, (chunk + 1) * step); group++)
       multiply(group * kWeightRows);
   });

@@ -25,7 +25,7 @@ constexpr int kSharedBuffers = 4;
 uint64_t make_state(uint64_t job, int phase) { return (job & 0xffffffu) << 40 | static_cast<uint64_t>(phase) << 32; }
 uint64_t job_of(uint64_t state) { return state >> 40; }
 int phase_of(uint64_t state) { return static_cast<int>(state >> 32 & 0xff); }
-int chunk_of(uint64_t state) { return static_cast<int>(state & 0xffffffffu); }
+int64_t chunk_of(uint64_t state) { return static_cast<int64_t>(state & 0xffffffffu); }
 
 int64_t now_ns() {
   timespec t;
@@ -35,10 +35,10 @@ int64_t now_ns() {
 
 struct alignas(64) Pool {
   alignas(64) std::atomic<uint64_t> state{make_state(0, kClosed)};
-  alignas(64) std::atomic<int> done{0};
+  alignas(64) std::atomic<int64_t> done{0};
   // Written before `state` opens the job, read after a chunk of it was taken.
   alignas(64) std::atomic<int> phases{0};
-  std::atomic<int> totals[kMaxPhases] = {};
+  std::atomic<int64_t> totals[kMaxPhases] = {};
   std::atomic<ChunkFn> fn{nullptr};
   std::atomic<const void*> context{nullptr};
   std::atomic<int> width{1};  // workers numbered at or above it stay out of this job
@@ -85,8 +85,8 @@ void work(Pool& p, uint64_t job) {
     uint64_t state = p.state.load(std::memory_order_acquire);
     const int phase = phase_of(state);
     if (job_of(state) != (job & 0xffffffu) || phase == kClosed) return;
-    const int total = p.totals[phase].load(std::memory_order_relaxed);
-    const int chunk = chunk_of(state);
+    const int64_t total = p.totals[phase].load(std::memory_order_relaxed);
+    const int64_t chunk = chunk_of(state);
     if (chunk >= total) {  // the last chunks of the phase are running elsewhere
       pause();
       if (++idle > kSpinsBeforeYield) sched_yield();
@@ -171,13 +171,13 @@ CallLock::~CallLock() { pthread_mutex_unlock(&call_mutex); }
 void* thread_buffer(size_t bytes) { return grow(own_buffer, bytes); }
 void* shared_buffer(int slot, size_t bytes) { return grow(shared_buffers[slot], bytes); }
 
-void run_job(int threads, int phases, const int* totals, ChunkFn fn, const void* context) {
-  int most = 0;
+void run_job(int64_t wanted, int phases, const int64_t* totals, ChunkFn fn, const void* context) {
+  const int threads = static_cast<int>(wanted < kMaxThreads ? wanted : kMaxThreads);
+  int64_t most = 0;
   for (int phase = 0; phase < phases; phase++) most = totals[phase] > most ? totals[phase] : most;
-  if (threads > kMaxThreads) threads = kMaxThreads;
   if (threads <= 1 || most <= 1) {
     for (int phase = 0; phase < phases; phase++)
-      for (int chunk = 0; chunk < totals[phase]; chunk++) fn(context, phase, chunk);
+      for (int64_t chunk = 0; chunk < totals[phase]; chunk++) fn(context, phase, chunk);
     return;
   }
   Pool& p = pool_with(threads);

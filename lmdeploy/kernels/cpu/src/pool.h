@@ -9,16 +9,17 @@ namespace lm {
 
 constexpr int kMaxPhases = 4;
 
-using ChunkFn = void (*)(const void* context, int phase, int chunk);
+using ChunkFn = void (*)(const void* context, int phase, int64_t chunk);
 
 // Run `phases` phases of totals[phase] >= 1 chunks on up to `threads` threads, the caller's included. A phase starts when
-// every chunk of the one before has ended. Calls from several threads take turns.
-void run_job(int threads, int phases, const int* totals, ChunkFn fn, const void* context);
+// every chunk of the one before has ended.
+void run_job(int64_t threads, int phases, const int64_t* totals, ChunkFn fn, const void* context);
 
 template <class Body>
-void parallel(int threads, std::initializer_list<int> totals, const Body& body) {
+void parallel(int64_t threads, std::initializer_list<int64_t> totals, const Body& body) {
   run_job(threads, static_cast<int>(totals.size()), totals.begin(),
-          [](const void* context, int phase, int chunk) { (*static_cast<const Body*>(context))(phase, chunk); }, &body);
+          [](const void* context, int phase, int64_t chunk) { (*static_cast<const Body*>(context))(phase, chunk); },
+          &body);
 }
 
 // Buffers that only grow. Each thread has its own; the shared ones belong to the call that holds a CallLock.

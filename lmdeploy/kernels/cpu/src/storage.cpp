@@ -42,7 +42,7 @@ void embed_row(const Weight& w, int64_t row, void* out, int dtype, int64_t at) {
   const uint8_t* meta = w.tile_meta(row / 16);
   const int per_load = w.bits == 4 ? 8 : 4;
   for (int64_t k = 0; k < w.k; k += per_load, q += 64) {
-    const uint8_t* group = meta + k / w.group * w.meta_stride();
+    const uint8_t* group = meta + k / w.group * w.meta_stride;
     const float scale = meta_value(group, w.scale_is_f32, lane);
     const float zero = w.aux == kZeroByte ? group[16 * (w.scale_is_f32 ? 4 : 2) + lane] : w.zero;
     const float minimum = w.aux == kMinimum ? meta_value(group, w.scale_is_f32, 16 + lane) : -zero * scale;
@@ -63,26 +63,45 @@ extern "C" {
 
 const char* lm_instruction_set() { return instruction_set_name(); }
 
-void lm_pack(int threads, const uint8_t* q, int64_t n, int64_t k, int bits, uint8_t* out) {
+struct PackArgs {
+  int64_t threads;
+  const uint8_t* q;
+  int64_t n, k, bits;
+  uint8_t* out;
+};
+
+void lm_pack(const PackArgs* args) {
   const CallLock lock;
-  const int64_t tiles = (n + 15) / 16, step = std::max<int64_t>(1, tiles / (threads * 4));
-  parallel(threads, {static_cast<int>((tiles + step - 1) / step)}, [&](int, int chunk) {
+  const PackArgs& a = *args;
+  const int64_t tiles = (a.n + 15) / 16, step = std::max<int64_t>(1, tiles / (a.threads * 4));
+  parallel(a.threads, {(tiles + step - 1) / step}, [&](int, int64_t chunk) {
     for (int64_t tile = chunk * step; tile < std::min(tiles, (chunk + 1) * step); tile++)
-      pack_tile(q, n, k, bits, tile, out + tile * (bits * 2 * k));
+      pack_tile(a.q, a.n, a.k, static_cast<int>(a.bits), tile, a.out + tile * (a.bits * 2 * a.k));
   });
 }
 
+struct EmbedArgs {
+  int64_t threads;
+  const Weight* weight;
+  const int64_t* ids;
+  int64_t tokens;
+  void* out;
+  int64_t dtype;
+};
+
 // out [tokens, k] = rows `ids` of the weight; an id out of range gives zeros.
-void lm_embed(int threads, const Weight* weight, const int64_t* ids, int64_t tokens, void* out, int dtype) {
+void lm_embed(const EmbedArgs* args) {
   const CallLock lock;
+  const EmbedArgs& a = *args;
+  const Weight& w = *a.weight;
+  const int dtype = static_cast<int>(a.dtype);
   constexpr int64_t step = 8;
-  parallel(threads, {static_cast<int>((tokens + step - 1) / step)}, [&](int, int chunk) {
-    for (int64_t token = chunk * step; token < std::min(tokens, (chunk + 1) * step); token++) {
-      if (ids[token] >= 0 && ids[token] < weight->n) {
-        embed_row(*weight, ids[token], out, dtype, token * weight->k);
+  parallel(a.threads, {(a.tokens + step - 1) / step}, [&](int, int64_t chunk) {
+    for (int64_t token = chunk * step; token < std::min(a.tokens, (chunk + 1) * step); token++) {
+      if (a.ids[token] >= 0 && a.ids[token] < w.n) {
+        embed_row(w, a.ids[token], a.out, dtype, token * w.k);
       } else {
-        std::memset(static_cast<char*>(out) + token * weight->k * (dtype == kBF16 ? 2 : 4), 0,
-                    weight->k * (dtype == kBF16 ? 2 : 4));
+        for (int64_t i = 0; i < w.k; i++) store_one(a.out, dtype, token * w.k + i, 0.0f);
       }
     }
   });

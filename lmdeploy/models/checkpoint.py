@@ -1,0 +1,123 @@
+"""Finds the weight files of a model and presents their content as logical tensors by name. It knows no model.
+
+Whatever the format, a tensor is dense or affine; whatever the layout, one tensor is in memory at a time and files are mapped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from lmdeploy.errors import CheckpointError
+from lmdeploy.models.weight_files import SafetensorsFile, TensorInfo, TensorSource, TorchFile
+from lmdeploy.models.weights import Value
+
+_POINTER = b"version https://git-lfs"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class Checkpoint:
+    """The tensors of one or more files."""
+
+    def __init__(self, files: Iterable[TensorSource]) -> None:
+        """Raises CheckpointError if two files hold tensors of one name."""
+        self.infos: dict[str, TensorInfo] = {}
+        self._sources: dict[str, TensorSource] = {}
+        for file in files:
+            for name, info in file.infos.items():
+                if name in self.infos:
+                    raise CheckpointError(
+                        f"tensor {name!r} is in {self._sources[name]} and in {file}; remove one of them"
+                    )
+                self.infos[name] = info
+                self._sources[name] = file
+
+    def read(self, name: str) -> Value:
+        """The tensor; the caller holds the only reference to memory that is not a mapped file."""
+        return self._sources[name].read(name)
+
+
+def open_checkpoint(path: str | Path) -> TensorSource:
+    """Open a folder of safetensors or pytorch_model files, or a GGUF file (its other splits with it).
+
+    Raises CheckpointError for missing, truncated or damaged files and for git-lfs pointers; reads headers only.
+    """
+    path = Path(path)
+    files = weight_files(path)
+    for file in files:
+        refuse_pointer(file)
+    checkpoint = Checkpoint(_opener(file)(file) for file in files)
+    if not any(name.endswith("_blocks") for name in checkpoint.infos):
+        return checkpoint
+    from lmdeploy.models.mxfp4_weights import join_mxfp4
+
+    return join_mxfp4(checkpoint)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files to read, each tensor once: an indexed set before loose files, safetensors before pytorch_model."""
+    if path.is_file():
+        from lmdeploy.models.gguf_weights import split_files
+
+        return split_files(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a model folder or a .gguf file")
+    for index in _INDEXES:
+        if (path / index).is_file():
+            return _indexed_files(path / index)
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "pytorch_model*.bin"):
+        found = sorted(file for file in path.glob(pattern) if not file.name.startswith(("consolidated", "adapter_")))
+        if found:
+            return found
+    raise CheckpointError(
+        f"{path} has no model*.safetensors and no pytorch_model*.bin (it has: {_listing(path)}); download the weights, or "
+        "convert them to safetensors"
+    )
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise CheckpointError if the file is what git leaves where git-lfs has not fetched the content."""
+    with open(file, "rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{file} is a git-lfs pointer, not the weights; run `git lfs install && git lfs pull` in {file.parent}"
+            )
+
+
+def _opener(file: Path) -> Callable[[Path], TensorSource]:
+    if file.suffix == ".safetensors":
+        return SafetensorsFile
+    if file.suffix == ".bin":
+        return TorchFile
+    from lmdeploy.models.gguf_weights import GGUFFile
+
+    return GGUFFile
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names, in the order of their names."""
+    refuse_pointer(index)
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weight files: {error!r}; download it again") from error
+    folder = index.parent
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise CheckpointError(f"{index} names files outside its folder: {', '.join(outside)}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index} names {len(names)} files, and {len(missing)} of them are missing: {_some(missing)}; download them"
+        )
+    return [folder / name for name in names]
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return _some(names) if names else "nothing"
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
