@@ -35,7 +35,7 @@ format: $(DEV) ## mend what ruff can mend
 types: $(DEV) ## mypy --strict
 	@$(BIN)/mypy
 
-path: $(DEV) ## lines of code from pipeline() to a token
+path: $(DEV) ## lines from pipeline() to a token: at most 4,000 of code, without blanks, comments, docstrings
 	@$(BIN)/python -m tests.path_lines
 
 # Everything below writes to stderr: stdout is for answers.

@@ -123,7 +123,9 @@ class Row:
 
     def text(self) -> str:
         share = self.floor_microseconds / self.microseconds
-        return f"{self.name:<40}{self.microseconds:>12.1f} us {self.rate:>10.1f} {self.unit:<6}{share:>7.0%} of the floor"
+        return (
+            f"{self.name:<40}{self.microseconds:>12.1f} us {self.rate:>10.1f} {self.unit:<6}{share:>7.0%} of the floor"
+        )
 
 
 @dataclass
@@ -199,7 +201,9 @@ def step_rows(machine: Machine, budget_s: float, dense: bool) -> list[Row]:
         seconds = least_seconds(lambda: model.step(ids, ctx, cos, sin), 4 * budget_s)  # noqa: B023
         kv_bytes = 4.0 * batch * past * KV_HEADS * HEAD_DIM * LAYERS
         operations = 2.0 * weights * tokens + 2.0 * VOCAB * HIDDEN * batch
-        row = machine.row(f"step {name} B={batch} new={queries} cached={past}", seconds, model.num_bytes + kv_bytes, operations)
+        row = machine.row(
+            f"step {name} B={batch} new={queries} cached={past}", seconds, model.num_bytes + kv_bytes, operations
+        )
         rows.append(Row(row.name, row.microseconds, row.floor_microseconds, "tok/s", tokens / seconds))
     return rows
 

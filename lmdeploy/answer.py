@@ -93,8 +93,9 @@ class AnswerStream:
         is_stopped = output.finish_reason == "stop" and ids and ids[-1] in self.request.sampling.stop_token_ids
         if is_stopped and not self._config.include_stop_str_in_output:
             ids = ids[:-1]
-        logprobs: list[dict[int, float] | None] = [*(output.logprobs or [None] * len(ids))]
-        return list(zip(ids, logprobs, strict=False))
+        if output.logprobs is None:
+            return [(token, None) for token in ids]
+        return list(zip(ids, output.logprobs, strict=False))
 
     def _take(self, output: RequestOutput) -> None:
         self._ready += [_Token(token, logprobs, 0) for token, logprobs in self._visible_tokens(output)]

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import AsyncIterator, Generator, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy import env
-from lmdeploy.async_engine import AsyncEngine, Message, Prompt, check_prompt, open_engine
-from lmdeploy.chat_template.named import find_template
-from lmdeploy.engine.config import EngineConfig, PublicConfig, merge_old_kwargs
-from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter, RequestError
+from lmdeploy.async_engine import AsyncEngine, Prompt, check_prompt, open_engine
+from lmdeploy.engine.config import EngineConfig, PublicConfig
+from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter
 from lmdeploy.logging import get_logger
 from lmdeploy.messages import (
     ChatTemplateConfig,
@@ -29,10 +27,10 @@ from lmdeploy.messages import (
 )
 from lmdeploy.tokenizer import Tokenizer
 
-GenConfigs = GenerationConfig | Sequence[GenerationConfig] | None
+if TYPE_CHECKING:
+    from lmdeploy.session import Session
 
-# Arguments of old versions that say what the model's files say themselves, or set up what there is no more.
-_WITHOUT_EFFECT = ("group_size", "instance_num", "vision_config")
+GenConfigs = GenerationConfig | Sequence[GenerationConfig | None] | None
 
 
 def pipeline(
@@ -60,66 +58,23 @@ def pipeline(
     if not isinstance(backend_config, (TurbomindEngineConfig, PytorchEngineConfig, type(None))):
         kind = type(backend_config).__name__
         raise ConfigError(f"backend_config is a {kind}: give a TurbomindEngineConfig or PytorchEngineConfig")
-    for name in _WITHOUT_EFFECT:
-        if kwargs.pop(name, None) is not None:
-            get_logger().info("argument %s has no effect: the model's own files say it, or nothing needs it", name)
     # Nothing was said about prefix caching then, and sessions gain by it.
     overrides = {"enable_prefix_caching": True} if backend_config is None else {}
-    config = merge_old_kwargs(backend_config, kwargs)
+    config = backend_config or TurbomindEngineConfig()
+    if kwargs or config.model_name is not None:
+        from lmdeploy.old_arguments import merge_old_kwargs, template_of
+
+        config = merge_old_kwargs(config, kwargs)
+        chat_template_config = chat_template_config or template_of(config.model_name)
     engine = open_engine(
         model_path,
         EngineConfig.from_public(config, **overrides),
-        chat_template_config=chat_template_config or _template_of(config.model_name),
+        chat_template_config=chat_template_config,
         revision=config.revision,
         download_dir=config.download_dir,
         max_log_len=max_log_len,
     )
     return Pipeline(engine)
-
-
-class Session:
-    """A conversation with a pipeline: what was said, and the last Response.
-
-    history: (prompt, answer) of each turn; all of it is rendered anew for the next one. Used as a context manager it
-    forgets at the end.
-    """
-
-    def __init__(self, pipe: Pipeline, gen_config: GenerationConfig | None = None) -> None:
-        self._pipe = pipe
-        self._gen_config = gen_config
-        self.history: list[tuple[Prompt, str]] = []
-        self.response: Response | None = None
-
-    def __call__(
-        self, prompt: Prompt, gen_config: GenerationConfig | None = None, stream_response: bool = False
-    ) -> Response | Iterator[Response] | None:
-        """The next turn: its whole Response, or the increments of it."""
-        result = self._pipe.chat(prompt, self, gen_config or self._gen_config, stream_response)
-        return self.response if result is self else result  # type: ignore[return-value]
-
-    def messages(self, prompt: Prompt) -> list[Message]:
-        """The conversation so far and the next prompt, a str or a list of messages."""
-        messages = []
-        for said, answer in self.history:
-            messages += [*_as_messages(said), {"role": "assistant", "content": answer}]
-        return messages + _as_messages(prompt)
-
-    def record(self, prompt: Prompt, response: Response) -> None:
-        """Keep a turn; one that failed, or was broken off before its first word, is not part of the history."""
-        self.response = response
-        if response.finish_reason != "error" and (response.text or response.finish_reason is not None):
-            self.history.append((prompt, response.text))
-
-    def close(self) -> None:
-        """Forget the conversation."""
-        self.history.clear()
-        self.response = None
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class Pipeline:
@@ -159,13 +114,16 @@ class Pipeline:
         for a single prompt of no known form.
         """
         batch, is_single = _batch(prompts)
-        pairs = list(zip(batch, self._configs(gen_config, len(batch), adapter_name), strict=True))
+        pairs = list(zip(batch, _configs(gen_config, len(batch), adapter_name), strict=True))
         count = sum(self.async_engine.effective_config(config).n for _, config in pairs)
         responses = [Response()] * count
-        with _progress(count, use_tqdm) as advance:
-            for response in self.async_engine.stream(pairs, do_preprocess=do_preprocess, is_streaming=False):
-                responses[response.index] = response
-                advance()
+        stream: Iterable[Response] = self.async_engine.stream(pairs, do_preprocess=do_preprocess, is_streaming=False)
+        if use_tqdm:
+            from lmdeploy.progress import show_progress
+
+            stream = show_progress(stream, count)
+        for response in stream:
+            responses[response.index] = response
         return responses[0] if is_single and count == 1 else responses
 
     __call__ = infer
@@ -183,27 +141,19 @@ class Pipeline:
         do_preprocess: bool = True,
         adapter_name: str | None = None,
         stream_response: bool = True,
-    ) -> Iterator[Response]:
-        """What is new of any answer as it comes; Response.index is the prompt's number.
+    ) -> Generator[Response, None, None]:
+        """What is new of any answer as it comes; Response.index is the prompt's number, or the answer's where n > 1.
 
         sessions: one for each prompt; it continues that conversation, which keeps the answer. stream_response=False gives
         each answer as one Response. Leaving the iterator aborts what still runs.
         """
         batch, _ = _batch(prompts)
-        configs = self._configs(gen_config, len(batch), adapter_name)
+        configs = _configs(gen_config, len(batch), adapter_name)
         if sessions is None:
-            pairs = list(zip(batch, configs, strict=True))
-            return self.async_engine.stream(pairs, do_preprocess=do_preprocess, is_streaming=stream_response)
-        listed = [sessions] if isinstance(sessions, Session) else sessions
-        if len(listed) != len(batch):
-            raise InvalidParameter(f"{len(listed)} sessions for {len(batch)} prompts: give one for each")
-        if any(self.async_engine.effective_config(config).n != 1 for config in configs):
-            raise InvalidParameter("a session takes one answer a turn: leave n at 1")
-        pairs = [
-            (session.messages(prompt), config) for session, prompt, config in zip(listed, batch, configs, strict=True)
-        ]
-        responses = self.async_engine.stream(pairs, is_streaming=stream_response)
-        return _recorded(responses, list(zip(listed, batch, strict=True)))
+            return self._stream(batch, configs, do_preprocess, stream_response)
+        from lmdeploy.session import stream_turns
+
+        return stream_turns(self, sessions, batch, configs, do_preprocess, stream_response)
 
     def chat(
         self,
@@ -212,14 +162,14 @@ class Pipeline:
         gen_config: GenerationConfig | None = None,
         stream_response: bool = False,
         adapter_name: str | None = None,
-    ) -> Session | Iterator[Response]:
+    ) -> Session | Generator[Response, None, None]:
         """The next turn of a conversation, a new one without a session.
 
         Returns the session, whose .response and .history hold the turn, or with stream_response the increments; an answer
         broken off stays in the history as far as it came.
         """
         session = session or self.session()
-        responses = self.stream_infer(prompt, session, gen_config, adapter_name=adapter_name)
+        responses = self.stream_infer(prompt, session, gen_config or session.gen_config, adapter_name=adapter_name)
         if stream_response:
             return responses
         for _ in responses:
@@ -228,21 +178,18 @@ class Pipeline:
 
     def session(self, gen_config: GenerationConfig | None = None) -> Session:
         """A new conversation."""
+        from lmdeploy.session import Session
+
         return Session(self, gen_config)
 
     def get_ppl(self, input_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[float]:
-        """Mean cross-entropy in nats (no exponential) of each text, given its token ids, two or more; always a list.
+        """Mean cross-entropy in nats (no exponential) of each text, given as two token ids or more; always a list.
 
-        Raises InvalidParameter, PromptTooLong as an InvalidParameter naming the text's number.
+        Raises InvalidParameter naming the text that has too few tokens, or more than the engine can hold.
         """
-        batch = _id_lists(input_ids)
-        short = next((number for number, ids in enumerate(batch) if len(ids) < 2), None)
-        if short is not None:
-            raise InvalidParameter(f"text {short} has {len(batch[short])} tokens: a perplexity needs at least 2")
-        config = GenerationConfig(max_new_tokens=0, return_ppl=True)
-        responses = self.infer(batch, config)
-        assert isinstance(responses, list)
-        return [_ppl(response) for response in responses]
+        from lmdeploy.perplexity import mean_cross_entropies
+
+        return mean_cross_entropies(self, input_ids)
 
     def get_reward_score(self, input_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[float]:
         """Raises ConfigError: no reward model is supported yet."""
@@ -262,6 +209,13 @@ class Pipeline:
             del engine
             gc.collect()
 
+    def _stream(
+        self, prompts: list[Prompt], configs: list[GenerationConfig | None], do_preprocess: bool, is_streaming: bool
+    ) -> Generator[Response, None, None]:
+        """The engine's stream; as a method it keeps the pipeline alive while it runs."""
+        pairs = zip(prompts, configs, strict=True)
+        yield from self.async_engine.stream(pairs, do_preprocess=do_preprocess, is_streaming=is_streaming)
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -274,23 +228,20 @@ class Pipeline:
         with suppress(Exception):  # the interpreter may be shutting down
             self.close()
 
-    def _configs(
-        self, gen_config: GenConfigs, count: int, adapter_name: str | None
-    ) -> list[GenerationConfig] | list[GenerationConfig | None]:
-        """One config for each prompt."""
-        if adapter_name is not None:
-            raise InvalidParameter(f"adapter_name={adapter_name!r}: adapters are not supported yet, leave it out")
-        if gen_config is None or isinstance(gen_config, GenerationConfig):
-            return [gen_config] * count
-        configs = list(gen_config) if isinstance(gen_config, (list, tuple)) else [gen_config]
-        wrong = next((config for config in configs if not isinstance(config, (GenerationConfig, type(None)))), None)
-        if wrong is not None:
-            raise InvalidParameter(
-                f"gen_config holds a {type(wrong).__name__}: give a GenerationConfig, or one for each prompt"
-            )
-        if len(configs) != count:
-            raise InvalidParameter(f"{len(configs)} gen_configs for {count} prompts: give one for all, or one for each")
-        return configs
+
+def _configs(gen_config: GenConfigs, count: int, adapter_name: str | None) -> list[GenerationConfig | None]:
+    """One config for each prompt."""
+    if adapter_name is not None:
+        raise InvalidParameter(f"adapter_name={adapter_name!r}: adapters are not supported yet, leave it out")
+    if not isinstance(gen_config, (list, tuple)):
+        gen_config = [gen_config] * count  # type: ignore[list-item]
+    for config in gen_config:
+        if not isinstance(config, (GenerationConfig, type(None))):
+            kind = type(config).__name__
+            raise InvalidParameter(f"gen_config is a {kind}: give a GenerationConfig, or one for each prompt")
+    if len(gen_config) != count:
+        raise InvalidParameter(f"{len(gen_config)} gen_configs for {count} prompts: give one for all, or one for each")
+    return list(gen_config)
 
 
 def _batch(prompts: Any) -> tuple[list[Prompt], bool]:
@@ -302,67 +253,6 @@ def _batch(prompts: Any) -> tuple[list[Prompt], bool]:
     return [prompts], True
 
 
-def _as_messages(prompt: Prompt) -> list[Message]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    check_prompt(prompt)
-    if isinstance(prompt[0], int):
-        raise InvalidParameter("a conversation takes text or messages, not token ids")
-    return list(prompt)  # type: ignore[arg-type]
-
-
-def _recorded(responses: Iterator[Response], turns: list[tuple[Session, Prompt]]) -> Iterator[Response]:
-    """Pass the responses on, and give each session its turn at the end, or as far as it came."""
-    parts: list[list[Response]] = [[] for _ in turns]
-    try:
-        for response in responses:
-            parts[response.index].append(response)
-            yield response
-    finally:
-        responses.close()  # type: ignore[attr-defined]
-        for (session, prompt), pieces in zip(turns, parts, strict=True):
-            if pieces:
-                session.record(prompt, _merge(pieces))
-
-
-def _merge(pieces: list[Response]) -> Response:
-    """The whole answer of its increments."""
-    logprobs = [part for piece in pieces for part in piece.logprobs or []]
-    return replace(
-        pieces[-1],
-        text="".join(piece.text for piece in pieces),
-        token_ids=[token for piece in pieces for token in piece.token_ids],
-        logprobs=logprobs or None,
-    )
-
-
-def _id_lists(input_ids: Any) -> list[list[int]]:
-    """Token ids as lists, from lists, arrays or tensors of one text or several."""
-    if hasattr(input_ids, "tolist"):
-        input_ids = input_ids.tolist()
-    if not isinstance(input_ids, (list, tuple)) or not input_ids:
-        raise InvalidParameter("input_ids: give a list of token ids, or a list of such lists")
-    if isinstance(input_ids[0], int):
-        return [list(input_ids)]
-    return [ids.tolist() if hasattr(ids, "tolist") else list(ids) for ids in input_ids]
-
-
-def _ppl(response: Response) -> float:
-    if response.ppl is None:
-        message = f"text {response.index}: {response.error_message or response.finish_reason}"
-        raise InvalidParameter(message) if response.error_code == 400 else RequestError(message)
-    return response.ppl
-
-
-def _template_of(model_name: str | None) -> ChatTemplateConfig | None:
-    """The template that `model_name` named up to version 0.5, where it could also be the model's path."""
-    if model_name is None or find_template(model_name) is None:
-        if model_name is not None:
-            get_logger().warning("model_name=%r names no chat template: the model's own is used", model_name)
-        return None
-    return ChatTemplateConfig(model_name=model_name)
-
-
 def _set_log_level(log_level: str) -> None:
     try:
         get_logger().setLevel(env.log_level() or log_level)
@@ -372,25 +262,3 @@ def _set_log_level(log_level: str) -> None:
 
 def _deprecated(name: str, successor: str) -> None:
     warnings.warn(f"Pipeline.{name} is deprecated: use {successor}", DeprecationWarning, stacklevel=3)
-
-
-@contextmanager
-def _progress(count: int, is_shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, advanced by what this yields."""
-    if not is_shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("prompts", total=count)
-        yield lambda: bar.advance(task)

@@ -78,10 +78,14 @@ def sampling_params(
     for name in _NOT_SUPPORTED:
         if getattr(config, name):
             raise InvalidParameter(f"{name}={getattr(config, name)!r} is not supported yet: leave it out")
+    for name in ("stop_words", "bad_words"):
+        words = getattr(config, name) or []
+        if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
+            raise InvalidParameter(f"{name}={words!r}: give a list of strings of at least one character")
     stop_ids = [] if config.ignore_eos else list(end_token_ids)
     stop_ids += config.stop_token_ids or []
-    words = (single_token(tokenizer, word) for word in config.stop_words or [])
-    stop_ids += [token for token in words if token is not None]
+    spelled = (single_token(tokenizer, word) for word in config.stop_words or [])
+    stop_ids += [token for token in spelled if token is not None]
     bad = _bad_sequences(tokenizer, config.bad_words or [])
     return SamplingParams(
         max_new_tokens=max_new_tokens if config.max_new_tokens is None else config.max_new_tokens,
@@ -115,6 +119,6 @@ def single_token(tokenizer: Tokenizer, word: str) -> int | None:
 
 def _bad_sequences(tokenizer: Tokenizer, words: list[str]) -> list[tuple[int, ...]]:
     """Ids of each word at the start of a text and after a space, since these are different tokens."""
-    texts = [text for word in words if word for text in (word, f" {word}")]
+    texts = [text for word in words for text in (word, f" {word}")]
     ids = (tuple(tokenizer.encode(text, add_bos=False, add_special_tokens=False)) for text in texts)
     return list(dict.fromkeys(sequence for sequence in ids if sequence))

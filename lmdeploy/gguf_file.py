@@ -40,15 +40,6 @@ class GGUFTensorInfo:
     size_bytes: int
 
 
-def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether the path is a file that begins with GGUF's magic bytes."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == _MAGIC
-    except OSError:
-        return False
-
-
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The key/value pairs: numbers, bools, str, and lists of them.
 

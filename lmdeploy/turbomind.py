@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy.async_engine import AsyncEngine, open_engine
 from lmdeploy.chat_template import ChatTemplate
-from lmdeploy.engine.config import EngineConfig, merge_old_kwargs
+from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 from lmdeploy.errors import InvalidParameter
 from lmdeploy.messages import ChatTemplateConfig
+from lmdeploy.old_arguments import merge_old_kwargs
 from lmdeploy.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class TurboMindInstance:
     """
 
     def __init__(self, tm_model: TurboMind) -> None:
+        self._model = tm_model  # keeps the engine open
         self._histories = tm_model.histories
         self._engine = tm_model.engine
         self._running: dict[int, str] = {}

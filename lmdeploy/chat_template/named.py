@@ -98,6 +98,7 @@ _LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n"
 # Text around the turns by template name.
 _TURNS: dict[str, dict[str, Any]] = {
     "base": {"capability": "completion"},
+    "custom": {},
     "chatml": _CHATML,
     "internlm": {
         "bos": "<s>",

@@ -110,13 +110,13 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.check_time()
         _check_operands(operator, left, right)
-        return super().call_binop(context, operator, left, right)
+        return _check_result(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # Jinja's signature
         __self.check_time()
         _check_arguments((*args, *kwargs.values()))
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
-        _check_growth(getattr(method, "__name__", ""), getattr(method, "__self__", None), args)
+        _check_growth(getattr(method, "__name__", ""), getattr(method, "__self__", None), (*args, *kwargs.values()))
         return _check_result(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -159,16 +159,27 @@ def _check_result(value: Any) -> Any:
 
 
 def _check_structure(value: Any) -> Any:
-    """Counts what is inside a value about to become text: a list that holds itself twice, nested, is exponential."""
-    count, stack = 0, [value] if isinstance(value, (list, tuple, dict)) else []
+    _check_size(_written_size(value))
+    return value
+
+
+def _written_size(value: Any) -> int:
+    """Characters, about, of a value as text. A list that holds itself twice, nested, is exponential: hence the count."""
+    if isinstance(value, str):
+        return len(value)
+    count = size = 0
+    stack = [value] if isinstance(value, (list, tuple, dict)) else []
     while stack:
         inner = stack.pop()
-        children = inner.values() if isinstance(inner, dict) else inner
         count += len(inner)
         if count > _MAX_ELEMENTS:
             raise TemplateLimit(f"it writes out a structure of more than {_MAX_ELEMENTS} elements")
-        stack.extend(child for child in children if isinstance(child, (list, tuple, dict)))
-    return value
+        for child in inner.values() if isinstance(inner, dict) else inner:
+            if isinstance(child, str):
+                size += len(child)
+            elif isinstance(child, (list, tuple, dict)):
+                stack.append(child)
+    return size
 
 
 def _check_arguments(values: Iterable[Any]) -> None:
@@ -180,8 +191,11 @@ def _check_growth(name: str, text: Any, values: Sequence[Any]) -> None:
     """For the string methods, and filters of the same names, whose result can be far longer than what goes in."""
     if not isinstance(text, str):
         return
-    if name in ("format", "format_map") and _WIDE_FORMAT.search(text):
-        raise TemplateLimit("it formats with a width of six digits")
+    if name in ("format", "format_map"):
+        if _WIDE_FORMAT.search(text):
+            raise TemplateLimit("it formats with a width of six digits")
+        longest = max(map(_written_size, values), default=0)
+        _check_size(longest * (text.count("{") + text.count("%")))
     if name == "replace" and len(values) >= 2 and all(isinstance(value, str) for value in values[:2]):
         _check_size(len(text) + text.count(values[0]) * len(values[1]))
     if name == "join" and values:
@@ -193,8 +207,8 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     if operator == "+" and isinstance(left, sized) and isinstance(right, sized):
         _check_size(len(left) + len(right))
     elif operator == "%" and isinstance(left, str):
-        _check_growth("format", left, ())
         _check_structure(right)
+        _check_growth("format", left, right if isinstance(right, tuple) else (right,))
     elif operator == "*":
         for text, times in ((left, right), (right, left)):
             if isinstance(text, sized) and isinstance(times, int):

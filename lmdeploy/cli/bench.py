@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy.cli.flags import add_engine_flags, add_model_argument, engine_settings, warn_remote_code
 from lmdeploy.cli.parser import Parser
+from lmdeploy.messages import TurbomindEngineConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +23,8 @@ HELP = "measure speed"
 DESCRIPTION = """Measure an engine with random token ids, greedy, end tokens ignored, prefix caching off.
 
 Figures are medians over the repeats, after one run that warms up. The floor is what reading the weights and the KV cache
-once per step would allow at this machine's measured memory bandwidth.
+once per step would allow at this machine's measured memory bandwidth. Session length, batch and KV cache are made to hold
+the measurement and no more, unless flags say otherwise.
 """
 MODES = {
     "latency": "one request alone, and a batch while it decodes",
@@ -47,11 +49,17 @@ def _add_mode(parser: Parser) -> None:
         ("--repeats", 3, "measured runs"),
     ):
         minimum = 2 if name == "--output-tokens" else 1
-        group.add_argument(name, type=_at_least(minimum), default=default, metavar="N", help=f"{help_text} (default: {default})")
+        group.add_argument(
+            name, type=_at_least(minimum), default=default, metavar="N", help=f"{help_text} (default: {default})"
+        )
     group.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's choice)")
-    group.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights from config.json alone")
+    group.add_argument(
+        "--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights, from config.json alone"
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout, progress on stderr")
-    group.add_argument("--profile", action="store_true", help="afterwards profile a prefill and 16 decode steps, on stderr")
+    group.add_argument(
+        "--profile", action="store_true", help="afterwards profile a prefill and 16 decode steps, on stderr"
+    )
     add_engine_flags(parser)
 
 
@@ -69,10 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
         torch.set_num_threads(args.threads)
     public, overrides = engine_settings(args)
-    overrides["empty_init"] = args.load_format == "dummy"
-    if public.max_batch_size is None:
-        overrides["max_batch_size"] = args.batch_size
-    config = EngineConfig.from_public(public, **overrides)
+    config = EngineConfig.from_public(public, **{**_just_enough(args), **overrides})
     path = hub.resolve(args.model, revision=public.revision, download_dir=public.download_dir)
     tell(f"loading {path}")
     client = ThreadClient(path, config)
@@ -86,6 +91,22 @@ def run(args: argparse.Namespace) -> int:
 
         tell(profile_engine(path, config, args.prompt_tokens, args.batch_size))
     return 0
+
+
+def _just_enough(args: argparse.Namespace) -> dict[str, Any]:
+    """Engine settings that hold the batch and no more, so that memory is that of the measurement; flags outrank them."""
+    tokens = args.prompt_tokens + args.output_tokens
+    block_size = getattr(args, "cache_block_seq_len", TurbomindEngineConfig().cache_block_seq_len)
+    settings = {
+        "session_len": tokens,
+        "max_batch_size": args.batch_size,
+        # One block a request beside its own: the scheduler keeps it free for those that run.
+        "cache_max_entry_count": args.batch_size * (-(-tokens // block_size) + 1) + 1,
+    }
+    return {
+        "empty_init": args.load_format == "dummy",
+        **{name: value for name, value in settings.items() if not hasattr(args, name)},
+    }
 
 
 def tell(text: str) -> None:
@@ -155,7 +176,11 @@ def format_figures(figures: dict[str, Any]) -> str:
     """The figures as lines of text, each rate beside its floor."""
     f = figures
     rows = [
-        ("prefill", f"{f['prefill_tok_s']:.1f} tok/s", f"{f['prompt_tokens']} tokens, first token after {f['ttft_s']:.3f} s"),
+        (
+            "prefill",
+            f"{f['prefill_tok_s']:.1f} tok/s",
+            f"{f['prompt_tokens']} tokens, first token after {f['ttft_s']:.3f} s",
+        ),
         (
             "decode, batch 1",
             f"{f['decode_tok_s']:.1f} tok/s",

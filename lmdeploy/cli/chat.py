@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,18 +34,21 @@ def add_arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
     add_model_argument(parser)
     chat = parser.add_argument_group("chat")
-    chat.add_argument("--chat-template", metavar="NAME|FILE", help="a template's name (`lmdeploy list`) or a JSON file; the model's own by default")
+    chat.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="a name (`lmdeploy list`), a JSON file of parts, or a Jinja file; the model's own by default",
+    )
     chat.add_argument(
         "--capability",
         choices=("completion", "infilling", "chat", "python"),
         help="what the template is to do with a prompt (default: chat)",
     )
-    chat.add_argument("--system", metavar="TEXT", help="the system text")
-    chat.add_argument(
-        "--single-line", action=argparse.BooleanOptionalAction, default=False, help="Enter ends a prompt (default: False)"
-    )
+    chat.add_argument("--system", metavar="TEXT", help="the system text; without it the template may bring its own")
+    chat.add_argument("--single-line", action=argparse.BooleanOptionalAction, help="Enter ends a prompt")
     sampling = parser.add_argument_group(
-        "sampling", "default: the model's generation_config.json, else temperature 0.7 and top-p 0.95; from a pipe greedy"
+        "sampling",
+        "default: the model's generation_config.json, else temperature 0.7 and top-p 0.95; from a pipe greedy",
     )
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
@@ -61,11 +65,13 @@ def add_speculative_flags(parser: Parser) -> None:
     group = parser.add_argument_group("speculative decoding")
     group.add_argument("--speculative-algorithm", choices=_SPECULATIVE_ALGORITHMS, help="which draft proposes tokens")
     group.add_argument("--speculative-draft-model", metavar="MODEL", help="the draft model")
-    group.add_argument("--speculative-num-draft-tokens", type=int, default=1, metavar="N", help="tokens proposed (default: 1)")
+    group.add_argument(
+        "--speculative-num-draft-tokens", type=int, default=1, metavar="N", help="tokens proposed (default: 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    is_terminal = sys.stdin.isatty()
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
     warn_remote_code(args, tell)
     refuse_speculative(args)
     config = generation_config(args, is_terminal)
@@ -89,9 +95,13 @@ def generation_config(args: argparse.Namespace, is_terminal: bool) -> Generation
     return GenerationConfig(max_new_tokens=args.max_new_tokens, random_seed=args.seed, **given)
 
 
-def template_config(args: argparse.Namespace) -> ChatTemplateConfig | None:
-    """The template that --chat-template and --capability name; None leaves the choice to the model."""
+def template_config(args: argparse.Namespace) -> ChatTemplateConfig | str | None:
+    """What --chat-template and --capability ask for: parts, or the path of a Jinja file; None leaves it to the model."""
     name, config = args.chat_template, None
+    if name is not None and name.endswith(".jinja"):
+        if args.capability not in (None, "chat"):
+            raise ConfigError(f"--capability {args.capability} does not go with a Jinja file; leave one of them out")
+        return str(name)
     if name is not None:
         is_file = name.endswith(".json") or Path(name).is_file()
         config = ChatTemplateConfig.from_json(name) if is_file else ChatTemplateConfig(model_name=name)
@@ -113,7 +123,7 @@ def tell(text: str) -> None:
 
 
 def _open(
-    model: str | None, public: PublicConfig, overrides: dict[str, Any], template: ChatTemplateConfig | None
+    model: str | None, public: PublicConfig, overrides: dict[str, Any], template: ChatTemplateConfig | str | None
 ) -> AsyncEngine:
     """Load the model; what is in force is printed whether that succeeds or not."""
     from lmdeploy.async_engine import open_engine
@@ -130,14 +140,15 @@ def _open(
             download_dir=public.download_dir,
         )
     except LMDeployError:
-        _tell_configs(template, public)
+        _tell_configs(template or ChatTemplateConfig(), public)
         raise
-    found = replace(template or ChatTemplateConfig(), model_name=getattr(engine.chat_template, "name", None))
+    asked = template if isinstance(template, ChatTemplateConfig) else ChatTemplateConfig()
+    found = replace(asked, model_name=getattr(engine.chat_template, "name", None))
     _tell_configs(found, replace(public, model_name=str(engine.model_path), session_len=engine.client.info.session_len))
     return engine
 
 
-def _tell_configs(template: ChatTemplateConfig | None, public: PublicConfig) -> None:
+def _tell_configs(template: ChatTemplateConfig | str, public: PublicConfig) -> None:
     tell(f"chat_template_config:\n{template}\nengine_cfg:\n{public}")
 
 
@@ -168,7 +179,7 @@ def _converse(engine: AsyncEngine, config: GenerationConfig, args: argparse.Name
     from lmdeploy.cli.repl import PipeReader, Repl, TerminalReader
 
     capability = getattr(engine.chat_template, "capability", None) or args.capability or "chat"
-    conversation = Conversation(engine, config, args.system, is_chat=capability in ("chat", "python"))
+    conversation = Conversation(engine, config, args.system, is_chat=capability == "chat")
     for stream in (sys.stdout, sys.stdin):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -178,11 +189,12 @@ def _converse(engine: AsyncEngine, config: GenerationConfig, args: argparse.Name
         return f"engine: {stats['num_free_blocks']:.0f} of {stats['num_blocks']:.0f} KV blocks are free"
 
     if not is_terminal:
-        Repl(conversation, PipeReader(sys.stdin, args.single_line), is_terminal=False, status=status).run()
+        prompts = sys.stdin or io.StringIO()  # None where the process was started with a closed stdin
+        Repl(conversation, PipeReader(prompts, bool(args.single_line)), is_terminal=False, status=status).run()
         return
     tell("exit quits, end forgets the conversation, Ctrl-C stops an answer, /help lists the commands.")
     sentinel = "!!" if capability == "infilling" else ""
-    reader = TerminalReader(args.single_line, sentinel, env.cache_dir() / "chat_history")
+    reader = TerminalReader(bool(args.single_line), sentinel, env.cache_dir() / "chat_history")
     try:
         Repl(conversation, reader, is_terminal=True, status=status).run()
     finally:

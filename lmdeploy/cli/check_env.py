@@ -32,7 +32,9 @@ _GIB = 1 << 30
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--dump-file", type=Path, metavar="FILE", help="write the report there too: .json, .yml, .yaml or .txt")
+    parser.add_argument(
+        "--dump-file", type=Path, metavar="FILE", help="write the report there too: .json, .yml, .yaml or .txt"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["lmdeploy"], shell=args.shell))
+    print(shellcode(["lmdeploy"], shell=args.shell))
     return 0

@@ -49,8 +49,8 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The system text, if there is one, and the turns, as OpenAI messages."""
-        head = [{"role": "system", "content": self.system}] if self.system else []
+        """The system text, unless that is left to the template, and the turns, as OpenAI messages."""
+        head = [] if self.system is None else [{"role": "system", "content": self.system}]
         return head + self.turns
 
     def reset(self) -> None:
@@ -102,7 +102,7 @@ class Conversation:
         started = time.monotonic()
         self.last = AnswerStats(prompt_tokens)
         try:
-            with closing(self._engine.stream([(prompt, self._config)])) as responses:  # type: ignore[type-var]
+            with closing(self._engine.stream([(prompt, self._config)])) as responses:
                 for response in responses:
                     if response.finish_reason == "error":
                         raise RequestError(response.error_message or "the engine refused the prompt")

@@ -86,7 +86,9 @@ def modernise(argv: Sequence[str], parser: Parser) -> tuple[list[str], list[str]
             rest.pop(0)
         switch = _switch(command, name, literal)
         result += switch
-        notices.append(f"`{option} {literal}` is now " + (f"written `{switch[0]}`" if switch else "written by leaving it out"))
+        notices.append(
+            f"`{option} {literal}` is now " + (f"written `{switch[0]}`" if switch else "written by leaving it out")
+        )
     return [*path, *positionals, *result], notices
 
 

@@ -38,7 +38,9 @@ class EngineFlag:
 
 ENGINE_FLAGS: tuple[EngineFlag, ...] = (
     EngineFlag("dtype", "type of weights and activations", ("auto", "float16", "bfloat16", "float32")),
-    EngineFlag("device_type", "where to run; on its own it takes the GPU if there is one", ("cpu", "cuda"), option="--device"),
+    EngineFlag(
+        "device_type", "where to run; on its own it takes the GPU if there is one", ("cpu", "cuda"), option="--device"
+    ),
     EngineFlag("session_len", "tokens of prompt and answer together; the model's own by default", metavar="TOKENS"),
     EngineFlag("max_batch_size", "requests computed together", metavar="N"),
     EngineFlag(
@@ -168,8 +170,8 @@ def _named_adapters(paths: list[str]) -> dict[str, str]:
     """`name=path`, or a bare path, which is its own name; a single one is called `default`."""
     if len(paths) == 1 and "=" not in paths[0]:
         return {"default": paths[0]}
-    return {(name if is_named else path): (value if is_named else path) for path in paths
-            for name, is_named, value in [path.partition("=")]}
+    pairs = (path.partition("=") for path in paths)
+    return {name: path if is_named else name for name, is_named, path in pairs}
 
 
 def number_or_share(text: str) -> float:

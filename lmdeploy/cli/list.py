@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lmdeploy.cli.parser import Parser
 
 HELP = "list supported models, chat templates and quantization formats"
-Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
+Table = tuple[str, Sequence[str], Sequence[tuple[str, ...]]]
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,13 +37,18 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> list[Table]:
     """Title, column names and rows of each table."""
     from lmdeploy.chat_template import CHAT_TEMPLATES
+    from lmdeploy.chat_template.named import TEMPLATE_ALIASES
     from lmdeploy.models import ARCHITECTURES
     from lmdeploy.quantization import QUANTIZATION
 
-    models = [(name, home.split(":")[0]) for name, home in sorted(ARCHITECTURES.items(), key=lambda item: item[0].lower())]
+    models = [
+        (name, home.split(":")[0]) for name, home in sorted(ARCHITECTURES.items(), key=lambda item: item[0].lower())
+    ]
+    aliases = {name: sorted(alias for alias, of in TEMPLATE_ALIASES.items() if of == name) for name in CHAT_TEMPLATES}
+    templates = [(name, ", ".join(aliases[name])) for name in sorted(CHAT_TEMPLATES)]
     return [
         ("architectures", ("architecture", "file in lmdeploy/models"), models),
-        ("chat_templates", ("chat template",), [(name,) for name in sorted(CHAT_TEMPLATES)]),
+        ("chat_templates", ("chat template", "also called"), templates),
         ("quantization", ("format of weights",), [(name,) for name in sorted(QUANTIZATION)]),
     ]
 

@@ -86,7 +86,9 @@ class TerminalReader:
     def _prompt(self) -> str:
         if self.is_single_line:
             return "\n>>> "
-        return f"\nenter {self._sentinel} to end the input >>> " if self._sentinel else "\ndouble enter to end input >>> "
+        return (
+            f"\nenter {self._sentinel} to end the input >>> " if self._sentinel else "\ndouble enter to end input >>> "
+        )
 
     @staticmethod
     def _input(prompt: str) -> str:
@@ -199,9 +201,14 @@ class Repl:
     # ---- commands ----
 
     def _help(self, rest: str) -> None:
-        for name, (_, help_text) in {"exit": (None, "quit"), "end": (None, "forget the conversation"), **COMMANDS}.items():
-            self.tell(f"  {name:<14} {help_text}")
-        self.tell("  Ctrl-C         stops the answer; twice at the prompt quits")
+        rows = [
+            ("exit", "quit"),
+            ("end", "forget the conversation"),
+            ("Ctrl-C", "stop the answer; twice at the prompt: quit"),
+        ]
+        rows += [(name, help_text) for name, (_, help_text) in COMMANDS.items()]
+        for name, help_text in rows:
+            self.tell(f"  {name:<10} {help_text}")
 
     def _stats(self, rest: str) -> None:
         total = self._conversation.total

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from lmdeploy.errors import ConfigError
@@ -103,21 +102,6 @@ class EngineConfig:
         values["quant_policy"] = _quant_policy(values.get("quant_policy", 0))
         values.update(overrides)
         return cls(**values)
-
-
-def merge_old_kwargs(config: PublicConfig | None, kwargs: dict[str, Any]) -> PublicConfig:
-    """A copy of the config with engine settings that older versions passed to `pipeline` directly.
-
-    Raises ConfigError for a name that is no field of the config, with the closest ones.
-    """
-    config = config or TurbomindEngineConfig()
-    known = {f.name: getattr(config, f.name) for f in fields(config)}
-    for name in kwargs:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ConfigError(f"unknown argument {name}={kwargs[name]!r}{hint}")
-    return type(config)(**{**known, **kwargs})
 
 
 def _quant_policy(value: int | str) -> QuantPolicy:

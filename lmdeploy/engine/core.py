@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lmdeploy.engine.block_manager import BlockManager, root_hash
 from lmdeploy.engine.config import EngineConfig
@@ -54,7 +57,7 @@ class Engine:
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
         planes, heads, dim = model.config.kv_shape
         shape = (self.plan.num_blocks, model.config.num_layers, planes, heads, config.block_size, dim)
-        self.runner = Runner(model, KVCache(torch.zeros(shape, dtype=model.dtype, device=device)))
+        self.runner = Runner(model, KVCache(_zeros(shape, model.dtype, device)))
         self.scheduler = Scheduler(
             BlockManager(self.plan.num_blocks, config.block_size),
             max_batch_size=max_batch_size,
@@ -196,6 +199,13 @@ def _with_report(state: RequestState, new_tokens: list[int], report: Report) -> 
         logits=None if report.logits is None else report.logits.cpu(),
         hidden_states=None if report.hidden_states is None else report.hidden_states.cpu(),
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zeroed tensor; on the CPU its pages take memory only once they are written, which torch.zeros would do at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _device(name: str) -> torch.device:

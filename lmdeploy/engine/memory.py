@@ -72,6 +72,8 @@ def plan_memory(
     block_bytes = model.num_layers * planes * heads * config.block_size * dim * dtype.itemsize
     available = max(free - activations, 0)
     num_blocks = _num_blocks(config.cache_max_entry_count, available, block_bytes, device)
+    if config.cache_max_entry_count is None:
+        num_blocks = min(num_blocks, max(max_batch_size * -(-session_len // config.block_size), _MIN_BLOCKS))
     if num_blocks < _MIN_BLOCKS:
         raise ConfigError(
             f"no room for the KV cache: {free / MIB:,.0f} MiB are free after {weight_bytes / MIB:,.0f} MiB of weights, "

@@ -24,7 +24,7 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(activation(up x)), the ungated form of Falcon and its time."""
+    """down(activation(up x)), the ungated form."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -37,17 +39,37 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen2MoeForCausalLM": "qwen2:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": "qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "qwen3:Qwen3MoeForCausalLM",
+    "RWForCausalLM": "falcon:FalconForCausalLM",
+    "YiForCausalLM": "yi:YiForCausalLM",
 }
 """Hugging Face architecture -> module and class in this package."""
 
 MODEL_TYPES: dict[str, str] = {
+    "Yi": "YiForCausalLM",
+    "baichuan": "BaichuanForCausalLM",
+    "chatglm": "ChatGLMModel",
+    "dbrx": "DbrxForCausalLM",
+    "deepseek": "DeepseekForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "internlm": "InternLMForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "internlm2": "InternLM2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "qwen": "QWenLMHeadModel",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """model_type -> architecture, for configs that name none (GGUF files, the language part of a vision-language model)."""
 
@@ -56,7 +78,14 @@ def model_class(architecture: str) -> type[CausalLM]:
     """The model class of a Hugging Face architecture. Raises ModelNotSupported."""
     if architecture not in ARCHITECTURES:
         raise ModelNotSupported(
-            f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            f"architecture {architecture!r} is not supported{nearest(architecture, ARCHITECTURES)}; `lmdeploy list` shows all"
         )
     module, name = ARCHITECTURES[architecture].split(":")
     return getattr(import_module(f"lmdeploy.models.{module}"), name)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The part of an error message that says which known names come closest; empty if none is close."""
+    spelled = {one.lower(): one for one in known}
+    close = [spelled[match] for match in get_close_matches(name.lower(), spelled, 3, 0.75)]
+    return f"; the nearest that are: {', '.join(close)}" if close else ""

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lmdeploy.layers.attention import LatentAttention, SelfAttention
+from lmdeploy.layers.attention import SelfAttention
 from lmdeploy.layers.context import ForwardContext
 from lmdeploy.layers.linear import Embedding, Linear
-from lmdeploy.layers.mlp import MLP, GatedMLP
-from lmdeploy.layers.moe import RoutedMLP
+from lmdeploy.layers.mlp import GatedMLP
 from lmdeploy.layers.norm import Norm, RMSNorm
 from lmdeploy.layers.rotary import Rotary
 from lmdeploy.models.config import ModelConfig
@@ -48,18 +47,14 @@ class CausalLM(nn.Module):
         """Decoder layer `index`: forward(x [T, C], ctx) -> [T, C]."""
         raise NotImplementedError
 
-    def make_attention(self, index: int) -> SelfAttention | LatentAttention:
+    def make_attention(self, index: int) -> nn.Module:
         """Attention of layer `index`; layers with a window may rotate differently."""
-        config = self.config
-        if config.mla is not None and self.rotary is not None:
-            return LatentAttention(config, config.mla, index, self.rotary)
-        return SelfAttention(config, index, self.rotary if config.layer_windows[index] is None else self.local_rotary)
+        rotary = self.rotary if self.config.layer_windows[index] is None else self.local_rotary
+        return SelfAttention(self.config, index, rotary)
 
-    def make_mlp(self, index: int) -> GatedMLP | MLP | RoutedMLP:
-        """Feed-forward block of layer `index`, routed where the config says so."""
-        config, moe = self.config, self.config.moe
-        if moe is not None and moe.layers[index]:
-            return RoutedMLP(config.hidden_size, moe, config.activation)
+    def make_mlp(self, index: int) -> nn.Module:
+        """Feed-forward block of layer `index`."""
+        config = self.config
         return GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
 
     def make_norm(self) -> Norm:

@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lmdeploy.errors import CheckpointError, ConfigError, ModelNotSupported
-from lmdeploy.models.moe_config import MLAConfig, MoEConfig, read_moe
 from lmdeploy.models.rope_config import RopeConfig, read_rope, rope_parameters
 
-__all__ = ["ConfigDialect", "MLAConfig", "MoEConfig", "ModelConfig", "RopeConfig", "load_config"]
+if TYPE_CHECKING:
+    from lmdeploy.models.moe_config import MLAConfig, MoEConfig
+
+__all__ = ["ConfigDialect", "ModelConfig", "RopeConfig", "load_config"]
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -174,13 +176,17 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def find_architecture(hf: Mapping[str, Any]) -> str:
     """The architecture's name, from `architectures`, or from `model_type` where that is missing."""
-    from lmdeploy.models import ARCHITECTURES, MODEL_TYPES
+    from lmdeploy.models import MODEL_TYPES, nearest
 
-    names = hf.get("architectures") or [MODEL_TYPES.get(str(hf.get("model_type")))]
-    if names[0] not in ARCHITECTURES:
-        what = f"architecture {names[0]!r}" if names[0] else f"model_type {hf.get('model_type')!r}"
-        raise ModelNotSupported(f"{what} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
-    return str(names[0])
+    if hf.get("architectures"):
+        return str(hf["architectures"][0])
+    model_type = hf.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ModelNotSupported(
+            f"the config names no architecture and model_type {model_type!r} is not supported"
+            f"{nearest(str(model_type), MODEL_TYPES)}; `lmdeploy list` shows the supported architectures"
+        )
+    return MODEL_TYPES[model_type]
 
 
 def usual_names(hf: Mapping[str, Any], dialect: type[ConfigDialect]) -> dict[str, Any]:
@@ -202,6 +208,7 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     num_layers = _integer(hf, "num_hidden_layers")
     head_dim = int(hf.get("head_dim") or hidden_size // heads)
     windows = read_windows(hf, num_layers)
+    scalar = hf.get("query_pre_attn_scalar")
     return {
         "model_type": str(hf.get("model_type", "")),
         "vocab_size": _integer(hf, "vocab_size"),
@@ -222,10 +229,9 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "qkv_bias": bool(hf.get("attention_bias", False)),
         "o_bias": bool(hf.get("attention_bias", False)),
         "mlp_bias": bool(hf.get("mlp_bias", False)),
-        "attention_scale": _power(hf.get("query_pre_attn_scalar"), -0.5),
+        "attention_scale": None if scalar is None else scalar**-0.5,
         "attn_softcap": hf.get("attn_logit_softcapping"),
         "logit_softcap": hf.get("final_logit_softcapping"),
-        "moe": read_moe(hf, num_layers),
         "bos_token_id": next(iter(token_ids(hf.get("bos_token_id"))), None),
         "eos_token_ids": token_ids(hf.get("eos_token_id")),
         "quantization": hf.get("quantization_config") or hf.get("compression_config"),
@@ -316,7 +322,3 @@ def _first(hf: Mapping[str, Any], keys: tuple[str, ...], default: float) -> floa
 def _dtype(hf: Mapping[str, Any]) -> str | None:
     name = hf.get("dtype") or hf.get("torch_dtype")
     return None if name is None else str(name).removeprefix("torch.")
-
-
-def _power(value: float | None, exponent: float) -> float | None:
-    return None if value is None else float(value) ** exponent

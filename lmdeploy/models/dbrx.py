@@ -12,6 +12,7 @@ from lmdeploy.layers.norm import LayerNorm, Norm
 from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
+from lmdeploy.models.routed import make_routed_mlp
 from lmdeploy.models.weights import ExpertRows, Rename, Transform, WeightMap
 
 
@@ -53,12 +54,12 @@ class DbrxForCausalLM(LlamaForCausalLM):
         Transform(r"\.ffn\.experts\.mlp\.w2$", transposed_experts),
         Rename(r"\.ffn\.experts\.mlp\.w2$", ".mlp.down_proj.weight"),
     )
+    make_mlp = make_routed_mlp
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        moe = read_moe(hf, hf["num_hidden_layers"])
-        power = hf["moe_normalize_expert_weights"]
-        return {"clip_qkv": hf.get("clip_qkv"), "moe": moe and replace(moe, norm_power=power)}
+        moe = replace(read_moe(hf), norm_power=hf["moe_normalize_expert_weights"])
+        return {"clip_qkv": hf.get("clip_qkv"), "moe": moe}
 
     def make_norm(self) -> Norm:
         return LayerNorm(self.config.hidden_size, self.config.norm_eps, bias=False)

@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from lmdeploy.layers.latent_attention import LatentAttention
+from lmdeploy.models.base import CausalLM
 from lmdeploy.models.config import ModelConfig
-from lmdeploy.models.llama import ROUTED_WEIGHT_MAP, LlamaForCausalLM
+from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import MLAConfig, read_moe
 from lmdeploy.models.rope_config import mscale, read_rope, rope_parameters
+from lmdeploy.models.routed import ROUTED_WEIGHT_MAP, make_routed_mlp
 from lmdeploy.models.weights import Piece, Rename, Stack, WeightMap
 
 
@@ -29,6 +34,14 @@ LATENT_WEIGHT_MAP = WeightMap(
     Stack("self_attn.qkv_a_proj", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")),
     *ROUTED_WEIGHT_MAP.rules,
 )
+
+
+def make_latent_attention(model: CausalLM, index: int) -> nn.Module:
+    """`make_attention` of both generations."""
+    config = model.config
+    assert config.mla is not None
+    assert model.rotary is not None
+    return LatentAttention(config, config.mla, index, model.rotary)
 
 
 def latent_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,22 +68,24 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
     """https://arxiv.org/abs/2405.04434. Chosen weights are normalized or scaled, never both."""
 
     weight_map = LATENT_WEIGHT_MAP
+    make_attention = make_latent_attention
+    make_mlp = make_routed_mlp
     config_defaults = {"rope_interleaved": True}
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        moe = read_moe(hf, hf["num_hidden_layers"])
-        if moe is not None and moe.norm_power is not None:
-            moe = replace(moe, scaling=1.0)
-        return {**latent_fields(hf), "moe": moe}
+        moe = read_moe(hf)
+        return {**latent_fields(hf), "moe": moe if moe.norm_power is None else replace(moe, scaling=1.0)}
 
 
 class DeepseekV3ForCausalLM(LlamaForCausalLM):
     """https://arxiv.org/abs/2412.19437"""
 
     weight_map = LATENT_WEIGHT_MAP
+    make_attention = make_latent_attention
+    make_mlp = make_routed_mlp
     config_defaults = {"rope_interleaved": True}
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        return latent_fields(hf)
+        return {**latent_fields(hf), "moe": read_moe(hf)}

@@ -62,7 +62,8 @@ class FalconForCausalLM(CausalLM):
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        heads, bias, new = hf["num_attention_heads"], bool(hf.get("bias")), bool(hf.get("new_decoder_architecture"))
+        heads, bias = hf["num_attention_heads"], bool(hf.get("bias"))
+        new = hf.get("new_decoder_architecture", "n_head_kv" in hf)  # the first configs have only the second key
         fields: dict[str, Any] = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bias}
         fields["num_kv_heads"] = hf.get("num_kv_heads") or heads if new else 1 if hf["multi_query"] else heads
         fields["variant"] = "one norm" if new or hf["parallel_attn"] else "sequential"

@@ -54,6 +54,7 @@ def fill(
         tensor = checkpoint.read(name)
         for piece in pieces:
             place(piece.value(tensor), name, piece, slots[piece.name], device, dtype)
+        del tensor  # before the next one comes
 
 
 def find_slots(model: nn.Module) -> dict[str, Slot]:

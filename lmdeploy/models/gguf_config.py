@@ -51,7 +51,7 @@ def gguf_to_hf(path: Path) -> dict[str, Any]:
         "model_type": MODEL_TYPES[architecture],
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_output.bias" in tensors,
         "sliding_window": own.get("attention.sliding_window") or None,
         "use_sliding_window": architecture in ("gemma3", "phi3", "llama"),
         "partial_rotary_factor": own.get("rope.dimension_count", head_dim) / head_dim,

@@ -11,6 +11,7 @@ from torch import Tensor
 from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
+from lmdeploy.models.routed import make_routed_mlp
 from lmdeploy.models.weights import Rename, Transform, WeightMap
 
 
@@ -35,10 +36,10 @@ class GptOssForCausalLM(LlamaForCausalLM):
         Rename(r"\.mlp\.experts\.(gate_up|down)_proj_bias$", r".mlp.\1_proj.bias"),
         *LlamaForCausalLM.weight_map.rules,
     )
+    make_mlp = make_routed_mlp
     config_defaults = {"attention_bias": True, "swiglu_limit": 7.0}
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        moe = read_moe(hf, hf["num_hidden_layers"])
         special = {"scoring": "topk_softmax", "router_bias": True, "expert_bias": True, "clamp": hf["swiglu_limit"]}
-        return {"attention_sinks": True, "moe": moe and replace(moe, **special)}
+        return {"attention_sinks": True, "moe": replace(read_moe(hf), **special)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lmdeploy.layers.context import ForwardContext
 from lmdeploy.models.base import CausalLM
-from lmdeploy.models.weights import Experts, Rename, Skip, Stack, WeightMap
+from lmdeploy.models.weights import Rename, Skip, Stack, WeightMap
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -40,14 +40,3 @@ class LlamaForCausalLM(CausalLM):
 
     def make_layer(self, index: int) -> nn.Module:
         return self.layer_class(self, index)
-
-
-ROUTED_WEIGHT_MAP = WeightMap(
-    Rename(r"\.mlp\.gate\.", ".mlp.router."),
-    Rename(r"\.shared_experts\.", ".shared_expert."),
-    Rename(r"\.shared_expert_gate\.", ".shared_gate."),
-    Experts(r"mlp\.experts", "mlp"),
-    Stack("shared_expert.gate_up_proj", ("shared_expert.gate_proj", "shared_expert.up_proj")),
-    *LlamaForCausalLM.weight_map.rules,
-)
-"""Llama's names, and the usual ones of routed and shared experts."""

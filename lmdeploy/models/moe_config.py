@@ -52,19 +52,19 @@ class MLAConfig:
     value_dim: int
 
 
-def read_moe(hf: Mapping[str, Any], num_layers: int) -> MoEConfig | None:
-    """The routed experts of a HF config with the usual names; None for a dense model."""
-    num_experts = next((int(hf[key]) for key in EXPERT_KEYS if hf.get(key)), 0)
-    if num_experts <= 1:
-        return None
+def read_moe(hf: Mapping[str, Any]) -> MoEConfig:
+    """The routed experts of a HF config with the usual names."""
+    num_experts = next((hf[key] for key in EXPERT_KEYS if hf.get(key)), None)
+    if num_experts is None:
+        raise ConfigError(f"the config names no number of experts: it needs {' or '.join(EXPERT_KEYS)}")
     size = int(hf.get("moe_intermediate_size") or hf["intermediate_size"])
     group_score = _choice(hf, "topk_method", "greedy", GROUP_SCORES)
     sigmoid = _choice(hf, "scoring_func", "softmax", {"softmax": False, "sigmoid": True})
     return MoEConfig(
-        num_experts=num_experts,
+        num_experts=int(num_experts),
         experts_per_token=int(hf.get("num_experts_per_tok") or 2),
         intermediate_size=size,
-        layers=tuple(_is_routed(hf, index) for index in range(num_layers)),
+        layers=tuple(_is_routed(hf, index) for index in range(hf["num_hidden_layers"])),
         scoring="sigmoid" if sigmoid else "softmax",
         norm_power=1.0 if hf.get("norm_topk_prob") else None,
         scaling=float(hf.get("routed_scaling_factor") or 1.0),

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lmdeploy.models.llama import ROUTED_WEIGHT_MAP, LlamaForCausalLM
+from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
+from lmdeploy.models.routed import ROUTED_WEIGHT_MAP, make_routed_mlp
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
@@ -24,9 +25,9 @@ class Qwen2MoeForCausalLM(LlamaForCausalLM):
     """Routed experts beside a shared one that a sigmoid weighs."""
 
     weight_map = ROUTED_WEIGHT_MAP
+    make_mlp = make_routed_mlp
     config_defaults = {"use_sliding_window": False}
 
     @classmethod
     def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        moe = read_moe(hf, hf["num_hidden_layers"])
-        return {"qkv_bias": True, "moe": moe and replace(moe, shared_gate=True)}
+        return {"qkv_bias": True, "moe": replace(read_moe(hf), shared_gate=True)}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.gguf_file import is_gguf, read_metadata
 from lmdeploy.tokenizer.settings import TokenizerSettings, chatglm_tokens, read_settings
 from lmdeploy.tokenizer.vocabulary import Vocabulary
 
@@ -138,7 +137,9 @@ def _without_surrogates(text: str) -> str:
 
 
 def _load(path: Path) -> tuple[Vocabulary, TokenizerSettings]:
-    if is_gguf(path):
+    # Each reader is imported only for its own files: none is small.
+    if path.is_file():
+        from lmdeploy.gguf_file import read_metadata
         from lmdeploy.tokenizer.gguf_vocabulary import build_gguf_vocabulary, read_gguf_settings
 
         metadata = read_metadata(path)
@@ -167,7 +168,6 @@ def _refuse_lfs_pointer(file: Path) -> None:
 
 
 def _load_file(file: Path, settings: TokenizerSettings) -> Vocabulary:
-    # Each reader is imported only for its own files: none is small.
     if file.suffix == ".json":
         from lmdeploy.tokenizer.huggingface import HuggingFaceVocabulary
 

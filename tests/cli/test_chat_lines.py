@@ -10,7 +10,7 @@ from lmdeploy.cli import chat
 from lmdeploy.cli.flags import engine_settings
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.messages import ChatTemplateConfig, PytorchEngineConfig, TurbomindEngineConfig
 from tests.cli.command_line import parse, parse_with_notices
 
 LINES = {
@@ -57,7 +57,7 @@ def test_tutorial_lines(line: str) -> None:
     engine = EngineConfig.from_public(config)
     assert (engine.max_batch_size, engine.enable_prefix_caching) == (1, True)
     found = chat.template_config(args)
-    assert (found.model_name if found else None) == template
+    assert (found.model_name if isinstance(found, ChatTemplateConfig) else found) == template
 
 
 def test_help_shows_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +95,9 @@ def test_every_flag_of_the_newest_version_parses() -> None:
         prefix_cache_decode_state_interval=3,
     )
     assert overrides == {"device": "cpu", "eager_mode": True}
-    turbomind, _ = engine_settings(parse("lmdeploy chat --rope-scaling-factor 2 --communicator native --cp 1 --async 0 --tp 1"))
+    turbomind, _ = engine_settings(
+        parse("lmdeploy chat --rope-scaling-factor 2 --communicator native --cp 1 --async 0 --tp 1")
+    )
     assert turbomind == TurbomindEngineConfig(rope_scaling_factor=2.0, communicator="native", async_=0)
 
 
@@ -146,11 +148,14 @@ def test_chat_template_forms(tmp_path) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "template.json"
     file.write_text('{"model_name": "qwen", "system": "S"}')
     config = chat.template_config(parse(f"lmdeploy chat --chat-template {file} --capability completion"))
-    assert config is not None
+    assert isinstance(config, ChatTemplateConfig)
     set_fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     assert set_fields == {"model_name": "qwen", "system": "S", "capability": "completion"}
     with pytest.raises(ConfigError, match=r"missing\.json"):
         chat.template_config(parse("lmdeploy chat --chat-template missing.json"))
+    assert chat.template_config(parse("lmdeploy chat --chat-template a.jinja")) == "a.jinja"
+    with pytest.raises(ConfigError, match="Jinja"):
+        chat.template_config(parse("lmdeploy chat --chat-template a.jinja --capability infilling"))
 
 
 def test_sampling() -> None:

@@ -114,7 +114,18 @@ def test_refused_prompt_leaves_the_conversation() -> None:
 def test_commands(tmp_path: Path) -> None:
     engine = FakeEngine(["one", "two"])
     file = tmp_path / "chat.json"
-    prompts = ["/regen", "/system Be brief", "a", "/regen", f"/save {file}", "/stats", "/help", "/single", "/save", "/system -"]
+    prompts = [
+        "/regen",
+        "/system Be brief",
+        "a",
+        "/regen",
+        f"/save {file}",
+        "/stats",
+        "/help",
+        "/single",
+        "/save",
+        "/system -",
+    ]
     out, err, conversation = chat(engine, prompts, config=GenerationConfig(random_seed=5, temperature=1.0))
     assert out == "one\ntwo\n"
     assert engine.prompts[0] == engine.prompts[1]
@@ -122,7 +133,14 @@ def test_commands(tmp_path: Path) -> None:
     saved = json.loads(file.read_text(encoding="utf-8"))
     assert [m["content"] for m in saved] == ["Be brief", "a", "two"]
     assert conversation.system is None
-    for text in ("no answer to make again", "system: Be brief", "3 messages are in", "/regen", "Enter ends", "/save FILE"):
+    for text in (
+        "no answer to make again",
+        "system: Be brief",
+        "3 messages are in",
+        "/regen",
+        "Enter ends",
+        "/save FILE",
+    ):
         assert text in err
     assert "session: 2 messages" in err
 

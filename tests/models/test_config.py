@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmdeploy.errors import CheckpointError, ConfigError, ModelNotSupported
+from lmdeploy.models import model_class
 from lmdeploy.models.config import ModelConfig, load_config
 from tests.models.golden_data import ROOT, read_config, text_folders
 
@@ -48,7 +50,10 @@ SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}, "torch_dtype": "bfloat16"},
         {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **SCALING}, "dtype": "torch.bfloat16"},
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}, "dtype": "bfloat16"},
-        {"rope_parameters": {"full_attention": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}}, "dtype": "bfloat16"},
+        {
+            "rope_parameters": {"full_attention": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}},
+            "dtype": "bfloat16",
+        },
     ],
 )
 def test_both_generations_of_rope_and_dtype_keys(keys: dict[str, Any]) -> None:
@@ -119,15 +124,24 @@ def test_longrope_reads_its_original_length_from_either_place() -> None:
     [
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "'spiral'.*supported: default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs a positive number 'factor', not None"),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "needs 8 numbers 'short_factor', not 1 numbers"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "needs 8 numbers 'short_factor', not 1 numbers",
+        ),
         ({"rope_scaling": "yarn"}, "rope_scaling must be a mapping"),
         ({"hidden_act": "mish"}, "hidden_act 'mish'.*supported: silu"),
         ({"hidden_size": None}, "'hidden_size' must be a positive integer, not None"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4.*num_key_value_heads 3"),
         ({"sliding_window": 8, "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-        ({"architectures": ["ChatGLMModel"], "multi_query_attention": False}, "'multi_query_attention' is False; only True"),
+        (
+            {"architectures": ["ChatGLMModel"], "multi_query_attention": False},
+            "'multi_query_attention' is False; only True",
+        ),
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM has no key 'kv_lora_rank'"),
-        ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "scoring_func": "tanh"}, "scoring_func 'tanh'"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "scoring_func": "tanh"},
+            "scoring_func 'tanh'",
+        ),
     ],
 )
 def test_unsupported_values_name_key_value_and_choice(keys: dict[str, Any], message: str) -> None:
@@ -136,11 +150,20 @@ def test_unsupported_values_name_key_value_and_choice(keys: dict[str, Any], mess
 
 
 def test_unknown_architecture_and_model_type() -> None:
-    with pytest.raises(ModelNotSupported, match=r"'RobertaModel'.*LlamaForCausalLM"):
+    with pytest.raises(ModelNotSupported, match=r"'RobertaModel' is not supported; `lmdeploy list` shows all"):
         read(architectures=["RobertaModel"])
-    with pytest.raises(ModelNotSupported, match="model_type 'roberta'"):
-        read(architectures=None, model_type="roberta")
-    assert read(architectures=None).architecture == "LlamaForCausalLM"
+    with pytest.raises(ModelNotSupported, match=r"'LLaMAForCausalML' is not .*nearest that are: LlamaForCausalLM.*list`"):
+        read(architectures=["LLaMAForCausalML"])
+    with pytest.raises(ModelNotSupported, match=r"model_type 'qwen2_vl' is not .* qwen2, .*`lmdeploy list`"):
+        read(architectures=None, model_type="qwen2_vl")
+
+
+@pytest.mark.parametrize("folder", text_folders())
+def test_model_type_stands_in_for_the_architecture(folder: str) -> None:
+    hf = read_config(ROOT / folder)
+    config = ModelConfig.from_hf({key: value for key, value in hf.items() if key != "architectures"})
+    assert model_class(config.architecture) is model_class(hf["architectures"][0])
+    assert replace(config, architecture=hf["architectures"][0]) == ModelConfig.from_hf(hf)
 
 
 def test_windows() -> None:
@@ -189,6 +212,15 @@ def test_old_qwen_names() -> None:
     names |= {"intermediate_size": "ffn_hidden_size", "vocab_size": "padded_vocab_size"}
     assert ModelConfig.from_hf({names.get(key, key): value for key, value in hf.items()}) == new
     assert new.intermediate_size * 2 == hf["intermediate_size"]
+
+
+@pytest.mark.parametrize("folder", ["falcon/7b", "falcon/40b", "falcon/rw-1b-alibi"])
+def test_old_falcon_names(folder: str) -> None:
+    hf = read_config(ROOT / folder)
+    names = {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "num_kv_heads": "n_head_kv"}
+    old = {names.get(key, key): value for key, value in hf.items() if key != "new_decoder_architecture"}
+    config = ModelConfig.from_hf({**old, "architectures": ["RWForCausalLM"]})
+    assert replace(config, architecture="FalconForCausalLM") == ModelConfig.from_hf(hf)
 
 
 @pytest.mark.parametrize("folder", text_folders())

@@ -47,7 +47,8 @@ def test_a_quantized_matrix_comes_back_close(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4"]
+    "name",
+    ["IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4"],
 )
 def test_other_types_come_out_dense(name: str) -> None:
     kind = GGMLQuantizationType[name]
@@ -62,7 +63,8 @@ def test_other_types_come_out_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16), ("F64", torch.float64)]
+    ("name", "dtype"),
+    [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16), ("F64", torch.float64)],
 )
 def test_dense_types_are_views(name: str, dtype: torch.dtype) -> None:
     expected = torch.arange(12.0, dtype=dtype).view(3, 4)

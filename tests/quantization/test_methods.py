@@ -20,7 +20,11 @@ from lmdeploy.quantization.unquantized import UnquantizedMethod
 from tests.quantization.affine_data import random_affine
 
 CPU = torch.device("cpu")
-BACKENDS = ("reference", "aten", pytest.param("cpu", marks=pytest.mark.skipif(not cpu.is_available(), reason="no compiler")))
+BACKENDS = (
+    "reference",
+    "aten",
+    pytest.param("cpu", marks=pytest.mark.skipif(not cpu.is_available(), reason="no compiler")),
+)
 
 
 def filled(linear: Linear, parts: list[Tensor | AffineTensor], method: LinearMethod, dtype: torch.dtype) -> Linear:
@@ -145,7 +149,9 @@ def test_gated_mlp(affine_kernels: object, activation: str, has_bias: bool, toke
 
 
 def test_gated_mlp_of_two_storages() -> None:
-    gate_up = filled(Linear(64, (32, 32)), [random_affine(32, 64, 32, 4, i) for i in (0, 1)], AffineMethod(), torch.bfloat16)
+    gate_up = filled(
+        Linear(64, (32, 32)), [random_affine(32, 64, 32, 4, i) for i in (0, 1)], AffineMethod(), torch.bfloat16
+    )
     down = filled(Linear(32, 64), [torch.randn(64, 32) / 6], UnquantizedMethod(), torch.bfloat16)
     x = torch.randn(3, 64).bfloat16()
     hidden = gated_activation(F.linear(x.float(), gate_up.method.dense_weight(gate_up).float()), "silu")
@@ -168,7 +174,9 @@ def test_affine_method_takes_no_dense_part() -> None:
         ({"affine4"}, torch.float32, UnquantizedMethod),
     ],
 )
-def test_choice(monkeypatch: pytest.MonkeyPatch, kinds: set[str], dtype: torch.dtype, expected: type[LinearMethod]) -> None:
+def test_choice(
+    monkeypatch: pytest.MonkeyPatch, kinds: set[str], dtype: torch.dtype, expected: type[LinearMethod]
+) -> None:
     monkeypatch.setattr(cpu, "is_available", lambda: True)
     assert type(choose_method(kinds, CPU, dtype)) is expected
 

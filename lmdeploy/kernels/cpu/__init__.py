@@ -46,4 +46,4 @@ def can_run(x: Tensor) -> bool:
 
 def instruction_set() -> str:
     """What the kernels were compiled for: avx512-vnni-bf16, avx512-vnni, avx2-vnni, avx2 or portable."""
-    return library().lm_instruction_set().decode()  # type: ignore[no-any-return]
+    return library().lm_instruction_set().decode()

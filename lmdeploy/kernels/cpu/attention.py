@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from struct import Struct
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -16,12 +17,13 @@ from lmdeploy.kernels.spec import AttentionSpec
 if TYPE_CHECKING:
     from lmdeploy.layers.context import ForwardContext
 
+_ATTEND = Struct("16q")  # struct AttendArgs of attention.cpp
 _MAX_HEAD_DIM = 512
 _STEP = "cpu attention step"
 
 
 class _Spec(ctypes.Structure):
-    """`struct Spec` of src/attention.cpp."""
+    """`struct Spec` of attention.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "dim", "interleaved")),
@@ -33,7 +35,7 @@ class _Spec(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    """`struct Step` of src/attention.cpp."""
+    """`struct Step` of attention.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "requests", "table_stride", "block_size")),
@@ -94,11 +96,10 @@ def rope_store_attend(
     ):
         raise ValueError(f"qkv {tuple(qkv.shape)} or cache {tuple(keys.shape)} does not fit the attention of {spec}")
     out = torch.empty((tokens, spec.num_heads * spec.head_dim), dtype=qkv.dtype)
-    tables = (None, None, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.shape[1])
-    library().lm_attend(
-        get_num_threads(), described.address, step.address, qkv.data_ptr(), DTYPES[qkv.dtype], stride, *tables,
-        keys.data_ptr(), values.data_ptr(), DTYPES[keys.dtype], strides[0], strides[1], strides[2], out.data_ptr(),
-    )  # fmt: skip
+    tables = (0, 0, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.shape[1])
+    head = (get_num_threads(), described.address, step.address, qkv.data_ptr(), DTYPES[qkv.dtype], stride)
+    cache = (keys.data_ptr(), values.data_ptr(), DTYPES[keys.dtype], *strides[:3])
+    library().lm_attend(_ATTEND.pack(*head, *tables, *cache, out.data_ptr()))
     return out
 
 

@@ -17,34 +17,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 from lmdeploy import env
 from lmdeploy.logging import get_logger
 
-SOURCES = Path(__file__).parent / "src"
-_FLAGS = (
-    "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -w"
-).split()
+SOURCES = Path(__file__).parent
+# -w: GCC warns of its own intrinsics; a user could do nothing about any warning.
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-w", "-fvisibility=hidden"]
+_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _TARGETS = {
     "native": ["-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"],
     "avx2": ["-march=haswell"],
     "portable": ["-march=x86-64-v2"],
 }
 
-_int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_ROWS = [_pointer, _int, _long]  # data, dtype, stride in elements
-_NORM = [_pointer, _int, _float, _float]  # weight, dtype, eps, offset
-_SIGNATURES = {
-    "lm_pack": [_int, _pointer, _long, _long, _int, _pointer],
-    "lm_embed": [_int, _pointer, _pointer, _long, _pointer, _int],
-    "lm_linear": [_int, _pointer, _long, *_ROWS, *_NORM, _pointer, _int, _pointer, _long, _pointer, _int],
-    "lm_gated_mlp": [_int, _pointer, _pointer, _int, _long, *_ROWS, *_NORM, _pointer, _long, _pointer],
-    "lm_attend": [_int, _pointer, _pointer, *_ROWS, _pointer, _pointer, _long, _pointer, _pointer, _int]
-    + [_long, _long, _long, _pointer],
-    "lm_rms_norm": [_int, _long, _long, *_ROWS, *_NORM, _pointer, _int],
-    "lm_gated_activation": [_int, _long, _long, *_ROWS, _int, _pointer],
-    "lm_dense_linear": [_int, _pointer, _long, _long, _long, _long, *_ROWS, *_NORM]
-    + [_pointer, _int, _pointer, _long, _pointer, _int],
-}
+# Each takes one pointer to its packed arguments: ctypes converts sixteen of them in 1.5 us, struct in 0.25.
+_FUNCTIONS = (
+    "lm_attend",
+    "lm_dense_linear",
+    "lm_embed",
+    "lm_gated_activation",
+    "lm_gated_mlp",
+    "lm_linear",
+    "lm_pack",
+    "lm_rms_norm",
+)
 
 
 class BuildError(Exception):
@@ -75,7 +73,7 @@ def _cache_key(compiler: str, flags: list[str]) -> str:
     real = Path(compiler).resolve()
     stat = real.stat()
     digest = hashlib.sha256("\n".join([str(real), f"{stat.st_size} {stat.st_mtime_ns}", _cpu_flags(), *flags]).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(p for p in SOURCES.iterdir() if p.suffix in (".h", ".cpp")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:20]
 
@@ -118,9 +116,9 @@ def _open(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from error
-    for name, arguments in _SIGNATURES.items():
+    for name in _FUNCTIONS:
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = [ctypes.c_char_p], None
     library.lm_instruction_set.restype = ctypes.c_char_p
     return library
 
@@ -133,8 +131,10 @@ def load(target: str) -> ctypes.CDLL:
     try:
         path = _cache_folder() / f"cpu-{_cache_key(compiler, flags)}.so"
         if not path.exists():
-            get_logger().info("compiling the CPU kernels into %s", path)
-            _compile(compiler, flags, path)
+            with FileLock(path.with_suffix(".lock")):  # a second process waits for the first one's result
+                if not path.exists():
+                    get_logger().info("compiling the CPU kernels into %s", path)
+                    _compile(compiler, flags, path)
     except OSError as error:
         raise BuildError(str(error)) from error
     return _open(path)

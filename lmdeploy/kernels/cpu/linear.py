@@ -6,14 +6,23 @@ x, residual and results are bfloat16 or float32, rows may be strided; activation
 
 from __future__ import annotations
 
+from struct import Struct
+
 import torch
 from torch import Tensor, get_num_threads
 
 from lmdeploy.kernels.cpu.build import library
 from lmdeploy.kernels.cpu.packed import DTYPES, PackedAffine
 
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 MAX_DENSE_TOKENS = 16
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+# The arguments as the C++ structures have them: RowsArg "3q" (data, dtype, stride), NormArg "2q2d", FinishArg "6q".
+_LINEAR = Struct("3q 3q 2q2d 6q")
+_GATED_MLP = Struct("5q 3q 2q2d 6q")
+_DENSE = Struct("6q 3q 2q2d 6q")
+_NORM = Struct("3q 3q 2q2d 2q")
+_ACTIVATION = Struct("4q 3q q")
+_EMBED = Struct("6q")
 
 
 def linear(
@@ -31,15 +40,12 @@ def linear(
 
     The norm runs where norm_weight [K] is given: x / rms(x) * (norm_offset + norm_weight).
     """
-    x, stride = _rows(x, w.k)
-    tokens = x.shape[0]
-    out = torch.empty((tokens, w.n), dtype=out_dtype or x.dtype)
-    residual_at, residual_stride = _residual(residual, x, w.n)
+    x, rows, tokens = _rows(x, w.k)
+    out, finish = _finish(x, tokens, w.n, bias, residual, out_dtype)
+    norm = _vector(norm_weight, w.k)
     library().lm_linear(
-        get_num_threads(), w.address, tokens, x.data_ptr(), DTYPES[x.dtype], stride,
-        *_vector(norm_weight, w.k), norm_eps, norm_offset, *_vector(bias, w.n), residual_at, residual_stride,
-        out.data_ptr(), DTYPES[out.dtype],
-    )  # fmt: skip
+        _LINEAR.pack(get_num_threads(), tokens, w.address, *rows, *norm, norm_eps, norm_offset, *finish)
+    )
     return out
 
 
@@ -61,15 +67,11 @@ def gated_mlp(
     """
     if gate_up.n != 2 * down.k:
         raise ValueError(f"gate_up has {gate_up.n} rows, down {down.k} columns; expected twice as many rows")
-    x, stride = _rows(x, gate_up.k)
-    tokens = x.shape[0]
-    out = torch.empty((tokens, down.n), dtype=x.dtype)
-    residual_at, residual_stride = _residual(residual, x, down.n)
-    library().lm_gated_mlp(
-        get_num_threads(), gate_up.address, down.address, _ACTIVATIONS[activation], tokens,
-        x.data_ptr(), DTYPES[x.dtype], stride, *_vector(norm_weight, gate_up.k), norm_eps, norm_offset,
-        residual_at, residual_stride, out.data_ptr(),
-    )  # fmt: skip
+    x, rows, tokens = _rows(x, gate_up.k)
+    out, finish = _finish(x, tokens, down.n, None, residual, None)
+    norm = (*_vector(norm_weight, gate_up.k), norm_eps, norm_offset)
+    head = (get_num_threads(), tokens, gate_up.address, down.address, _ACTIVATIONS[activation])
+    library().lm_gated_mlp(_GATED_MLP.pack(*head, *rows, *norm, *finish))
     return out
 
 
@@ -79,31 +81,32 @@ def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
     if ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64, not {ids.dtype}")
     out = torch.empty((ids.shape[0], w.k), dtype=dtype)
-    library().lm_embed(get_num_threads(), w.address, ids.data_ptr(), len(out), out.data_ptr(), DTYPES[dtype])
+    if len(ids):
+        arguments = (w.address, ids.data_ptr(), len(ids), out.data_ptr(), DTYPES[dtype])
+        library().lm_embed(_EMBED.pack(get_num_threads(), *arguments))
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x / rms(x) * (offset + weight) over the last dimension; any leading shape."""
-    size = x.shape[-1]
-    rows, stride = _rows(x if x.dim() == 2 else x.reshape(-1, size), size)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    library().lm_rms_norm(
-        get_num_threads(), rows.shape[0], size, rows.data_ptr(), DTYPES[x.dtype], stride, *_vector(weight, size), eps,
-        offset, out.data_ptr(), DTYPES[x.dtype],
-    )  # fmt: skip
+    shape, size = x.shape, x.shape[-1]
+    x, rows, tokens = _rows(x if x.dim() == 2 else x.reshape(-1, size), size)
+    out = torch.empty(shape, dtype=x.dtype)
+    if tokens:
+        norm = (*_vector(weight, size), eps, offset)
+        arguments = (get_num_threads(), tokens, size, *rows, *norm, out.data_ptr(), DTYPES[x.dtype])
+        library().lm_rms_norm(_NORM.pack(*arguments))
     return out
 
 
 def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up: [T, 2 I] -> [T, I], gate in the first half."""
-    width = gate_up.shape[-1] // 2
-    rows, stride = _rows(gate_up, 2 * width)
-    out = torch.empty((rows.shape[0], width), dtype=rows.dtype)
-    library().lm_gated_activation(
-        get_num_threads(), rows.shape[0], width, rows.data_ptr(), DTYPES[rows.dtype], stride, _ACTIVATIONS[activation],
-        out.data_ptr(),
-    )  # fmt: skip
+    width = gate_up.shape[1] // 2
+    gate_up, rows, tokens = _rows(gate_up, 2 * width)
+    out = torch.empty((tokens, width), dtype=gate_up.dtype)
+    if tokens:
+        arguments = (get_num_threads(), tokens, width, _ACTIVATIONS[activation], *rows, out.data_ptr())
+        library().lm_gated_activation(_ACTIVATION.pack(*arguments))
     return out
 
 
@@ -127,41 +130,45 @@ def dense_linear(
     n, k = weight.shape
     if not can_multiply_dense(weight, x.shape[0]) or weight.stride(1) != 1:
         raise ValueError(f"no CPU kernel for {x.shape[0]} tokens times {weight.dtype} {n} x {k}")
-    x, stride = _rows(x, k)
-    out = torch.empty((x.shape[0], n), dtype=out_dtype or x.dtype)
-    residual_at, residual_stride = _residual(residual, x, n)
-    library().lm_dense_linear(
-        get_num_threads(), weight.data_ptr(), weight.stride(0), n, k, x.shape[0], x.data_ptr(), DTYPES[x.dtype], stride,
-        *_vector(norm_weight, k), norm_eps, norm_offset, *_vector(bias, n), residual_at, residual_stride,
-        out.data_ptr(), DTYPES[out.dtype],
-    )  # fmt: skip
+    x, rows, tokens = _rows(x, k)
+    out, finish = _finish(x, tokens, n, bias, residual, out_dtype)
+    if tokens:
+        norm = (*_vector(norm_weight, k), norm_eps, norm_offset)
+        head = (get_num_threads(), weight.data_ptr(), weight.stride(0), n, k, tokens)
+        library().lm_dense_linear(_DENSE.pack(*head, *rows, *norm, *finish))
     return out
 
 
-def _rows(x: Tensor, size: int) -> tuple[Tensor, int]:
-    """x [M, size] with adjacent elements in a row, and the stride between rows."""
-    if x.dim() != 2 or x.shape[1] != size:
-        raise ValueError(f"x is {tuple(x.shape)}; expected [tokens, {size}]")
+def _rows(x: Tensor, size: int) -> tuple[Tensor, tuple[int, int, int], int]:
+    """x [M, size] with the elements of a row side by side, its RowsArg, and M."""
+    tokens, width = x.shape
     stride, step = x.stride()
-    if step != 1 and size != 1:
-        x = x.contiguous()
-        stride = size
-    return x, stride
+    if width != size:
+        raise ValueError(f"x is {tuple(x.shape)}; expected [tokens, {size}]")
+    if step != 1:
+        x, stride = x.contiguous(), size
+    return x, (x.data_ptr(), DTYPES[x.dtype], stride), tokens
 
 
-def _residual(residual: Tensor | None, x: Tensor, n: int) -> tuple[int | None, int]:
+def _finish(
+    x: Tensor, tokens: int, n: int, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The result [tokens, n], not yet filled, and FinishArg."""
+    dtype = out_dtype or x.dtype
     if residual is None:
-        return None, 0
+        out = torch.empty((tokens, n), dtype=dtype)
+        return out, (*_vector(bias, n), 0, 0, out.data_ptr(), DTYPES[dtype])
     stride, step = residual.stride()
-    if residual.dtype != x.dtype or residual.shape != (x.shape[0], n) or step != 1:
-        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}; expected {x.dtype} {(x.shape[0], n)}")
-    return residual.data_ptr(), stride
+    if residual.dtype != x.dtype or residual.shape != (tokens, n) or step != 1:
+        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}; expected {x.dtype} {(tokens, n)}")
+    out = torch.empty_like(residual, dtype=dtype) if stride == n else torch.empty((tokens, n), dtype=dtype)
+    return out, (*_vector(bias, n), residual.data_ptr(), stride, out.data_ptr(), DTYPES[dtype])
 
 
-def _vector(v: Tensor | None, size: int) -> tuple[int | None, int]:
-    """Address and type of a norm weight or bias."""
+def _vector(v: Tensor | None, size: int) -> tuple[int, int]:
+    """Address and type of a norm weight or bias; zeros for none."""
     if v is None:
-        return None, 0
-    if v.numel() != size or v.stride(-1) != 1:
+        return 0, 0
+    if v.numel() != size or not v.is_contiguous():
         raise ValueError(f"a vector of {v.numel()} elements where {size} adjacent ones are expected")
     return v.data_ptr(), DTYPES[v.dtype]

@@ -1,10 +1,11 @@
-"""Affine 4 and 8-bit weights in the layout that the C++ kernels read (src/affine.h). It knows no checkpoint format."""
+"""Affine 4 and 8-bit weights in the layout that the C++ kernels read (affine.h). It knows no checkpoint format."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -13,17 +14,20 @@ from lmdeploy.kernels.cpu.build import library
 
 ROWS = 16  # weight rows of a tile
 _CONSTANT_ZERO, _MINIMUM, _ZERO_BYTE = 0, 1, 2
+_PACK = Struct("6q")  # struct PackArgs of storage.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Descriptor(ctypes.Structure):
-    """`struct Weight` of src/affine.h."""
+    """`struct Weight` of affine.h."""
 
     _fields_ = [
         ("q", ctypes.c_void_p),
         ("meta", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("meta_stride", ctypes.c_int64),
         ("group", ctypes.c_int32),
         ("bits", ctypes.c_int32),
         ("scale_is_f32", ctypes.c_int32),
@@ -58,8 +62,11 @@ class PackedAffine:
 
     @cached_property
     def _descriptor(self) -> _Descriptor:
-        numbers = (self.n, self.k, self.group, self.bits, int(self.scale_is_f32), self.aux, self.zero, 0)
-        return _Descriptor(self.q.data_ptr(), self.meta.data_ptr(), *numbers)
+        groups = self.k // self.group
+        meta_stride = self.meta.numel() // (groups * -(-self.n // ROWS))
+        sizes = (self.n, self.k, groups, meta_stride, self.group, self.bits)
+        kind = (int(self.scale_is_f32), self.aux, self.zero, 0)
+        return _Descriptor(self.q.data_ptr(), self.meta.data_ptr(), *sizes, *kind)
 
     @cached_property
     def address(self) -> int:
@@ -87,7 +94,7 @@ def pack(q: Tensor, scales: Tensor, mins: Tensor, bits: int) -> PackedAffine:
         meta.append(_tiled(offsets if wide or aux == _ZERO_BYTE else offsets.half()))
     source = q.contiguous()
     packed = torch.empty(-(-n // ROWS) * ROWS * k * bits // 8, dtype=torch.uint8)
-    library().lm_pack(torch.get_num_threads(), source.data_ptr(), n, k, bits, packed.data_ptr())
+    library().lm_pack(_PACK.pack(torch.get_num_threads(), source.data_ptr(), n, k, bits, packed.data_ptr()))
     return PackedAffine(packed, torch.cat(meta, dim=2).flatten(), n, k, group, bits, wide, aux, zero)
 
 
@@ -113,7 +120,7 @@ def unpack(w: PackedAffine) -> tuple[Tensor, Tensor, Tensor]:
 def _offsets(scales: Tensor, mins: Tensor) -> tuple[int, int, Tensor | None]:
     """How to store the minima, losslessly: (aux, constant zero, what to store per group)."""
     zeros = torch.where(scales == 0, torch.zeros(()), torch.round(-mins / scales))
-    if torch.equal(-zeros * scales, mins) and 0 <= zeros.min() and zeros.max() <= 255:
+    if torch.equal(-zeros * scales, mins) and zeros.min() >= 0 and zeros.max() <= 255:
         constant = zeros.max()
         if torch.equal(-constant * scales, mins):
             return _CONSTANT_ZERO, int(constant), None

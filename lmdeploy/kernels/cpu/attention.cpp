@@ -507,7 +507,7 @@ void attend_tile(const Call& call, const TileTask& task) {
 struct WorkList {
   TileTask* tiles;
   DecodeTask* pieces;
-  int tile_count = 0, piece_count = 0;
+  int64_t tile_count = 0, piece_count = 0;
   bool must_join = false;
 
   // Counts first, so that one buffer holds both lists.
@@ -550,7 +550,7 @@ struct WorkList {
   }
 };
 
-void run_task(const Call& call, const WorkList& work, int index) {
+void run_task(const Call& call, const WorkList& work, int64_t index) {
   if (index >= work.tile_count) return attend_piece(call, work.pieces[index - work.tile_count]);
 #if defined(__AVX512BF16__)
   if (call.bf16) return attend_tile<MacBF16>(call, work.tiles[index]);
@@ -563,26 +563,44 @@ void run_task(const Call& call, const WorkList& work, int index) {
 
 using namespace lm;
 
-extern "C" __attribute__((visibility("default"))) void lm_attend(int threads, const Spec* spec, const Step* step, const void* qkv, int dtype,
-                          int64_t qkv_stride, const float* cos, const float* sin, int64_t rotary_half, void* keys,
-                          void* values, int cache_dtype, int64_t block_stride, int64_t head_stride,
-                          int64_t token_stride, void* out) {
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The layout is mirrored in attention.py.
+struct AttendArgs {
+  int64_t threads;
+  const Spec* spec;
+  const Step* step;
+  const void* qkv;
+  int64_t dtype, qkv_stride;
+  const float *cos, *sin;
+  int64_t rotary_half;
+  void *keys, *values;
+  int64_t cache_dtype, block_stride, head_stride, token_stride;
+  void* out;
+};
+
+void lm_attend(const AttendArgs* args) {
   const CallLock lock;
-  const Cache key_cache{static_cast<char*>(keys), cache_dtype, block_stride, head_stride, token_stride};
-  const Cache value_cache{static_cast<char*>(values), cache_dtype, block_stride, head_stride, token_stride};
-  const bool bf16 = kHasBF16Dot && cache_dtype == kBF16 && spec->dim % 32 == 0;
-  Call call{*spec, *step, qkv, dtype, qkv_stride, cos, sin, rotary_half, key_cache, value_cache, out,
-            spec->heads / spec->kv_heads, bf16, nullptr, nullptr};
-  const size_t q_count = static_cast<size_t>(step->tokens) * spec->heads * spec->dim;
-  call.q = shared_buffer(1, (q_count + static_cast<size_t>(kMacRows) * spec->dim) * (bf16 ? 2 : 4));
+  const AttendArgs& a = *args;
+  const Spec& spec = *a.spec;
+  const Step& step = *a.step;
+  const int cache_dtype = static_cast<int>(a.cache_dtype);
+  const Cache keys{static_cast<char*>(a.keys), cache_dtype, a.block_stride, a.head_stride, a.token_stride};
+  const Cache values{static_cast<char*>(a.values), cache_dtype, a.block_stride, a.head_stride, a.token_stride};
+  const bool bf16 = kHasBF16Dot && cache_dtype == kBF16 && spec.dim % 32 == 0;
+  Call call{spec, step, a.qkv, static_cast<int>(a.dtype), a.qkv_stride, a.cos, a.sin, a.rotary_half, keys, values, a.out,
+            spec.heads / spec.kv_heads, bf16, nullptr, nullptr};
+  const size_t q_count = static_cast<size_t>(step.tokens + kMacRows) * spec.heads * spec.dim;
+  call.q = shared_buffer(1, q_count * (bf16 ? 2 : 4));
   const WorkList work(call);
   call.partials = shared_array<float>(2, work.piece_count * call.partial_size() + 16);
 
   constexpr int64_t tokens_per_chunk = 4;
-  const int prepare = static_cast<int>((step->tokens + tokens_per_chunk - 1) / tokens_per_chunk);
-  const auto body = [&](int phase, int chunk) {
+  const int64_t prepare = (step.tokens + tokens_per_chunk - 1) / tokens_per_chunk;
+  const auto body = [&](int phase, int64_t chunk) {
     if (phase == 0) {
-      const int64_t end = std::min(step->tokens, (chunk + 1) * tokens_per_chunk);
+      const int64_t end = std::min(step.tokens, (chunk + 1) * tokens_per_chunk);
       for (int64_t token = chunk * tokens_per_chunk; token < end; token++) prepare_token(call, token);
     } else if (phase == 1) {
       run_task(call, work, chunk);
@@ -590,10 +608,13 @@ extern "C" __attribute__((visibility("default"))) void lm_attend(int threads, co
       join_pieces(call, work.pieces[chunk]);
     }
   };
-  const int tasks = work.tile_count + work.piece_count;
+  const int64_t tasks = work.tile_count + work.piece_count;
   if (work.must_join) {
-    parallel(threads, {prepare, tasks, work.piece_count}, body);
+    parallel(a.threads, {prepare, tasks, work.piece_count}, body);
   } else {
-    parallel(threads, {prepare, tasks}, body);
+    parallel(a.threads, {prepare, tasks}, body);
   }
 }
+
+}  // extern "C"
+#pragma GCC visibility pop

