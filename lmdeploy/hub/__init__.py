@@ -1,4 +1,4 @@
-"""From a model's name to a local folder or GGUF file: local paths here, Hugging Face, ModelScope and the built-in one on demand.
+"""From a model's name to a local folder or GGUF file: local paths here, hubs and the built-in model in modules of their own.
 
 It does not know what the files hold.
 """

@@ -29,6 +29,10 @@ class Linear(nn.Module):
         """x: [T, K]; residual and result: [T, N]."""
         return self.method.apply(self, x, residual=residual)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The result as an output head's logits: [R, C] -> [R, V] float32, without rounding in between where possible."""
+        return self.method.logits(self, x)
+
     def extra_repr(self) -> str:
         method = getattr(self, "method", None)
         return f"{self.in_features} -> {self.parts}, bias={self.bias is not None}, {method.name if method else 'empty'}"
@@ -43,7 +47,3 @@ class Embedding(Linear):
     def forward(self, ids: Tensor, residual: Tensor | None = None) -> Tensor:
         """ids: [T] integers; result: [T, C]."""
         return self.method.embed(self, ids)
-
-    def head(self, hidden_states: Tensor) -> Tensor:
-        """Logits of the tied output head: [R, C] -> [R, V]."""
-        return self.method.apply(self, hidden_states)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -77,15 +75,10 @@ MODEL_TYPES: dict[str, str] = {
 def model_class(architecture: str) -> type[CausalLM]:
     """The model class of a Hugging Face architecture. Raises ModelNotSupported."""
     if architecture not in ARCHITECTURES:
+        from lmdeploy.models.nearest import nearest
+
         raise ModelNotSupported(
             f"architecture {architecture!r} is not supported{nearest(architecture, ARCHITECTURES)}; `lmdeploy list` shows all"
         )
     module, name = ARCHITECTURES[architecture].split(":")
     return getattr(import_module(f"lmdeploy.models.{module}"), name)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The part of an error message that says which known names come closest; empty if none is close."""
-    spelled = {one.lower(): one for one in known}
-    close = [spelled[match] for match in get_close_matches(name.lower(), spelled, 3, 0.75)]
-    return f"; the nearest that are: {', '.join(close)}" if close else ""

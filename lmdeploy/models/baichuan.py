@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
-from lmdeploy.models.weights import Rename, Transform, WeightMap
+from lmdeploy.models.weight_rules import Transform
+from lmdeploy.models.weights import Rename, WeightMap
 
 
 def unit_rows(weight: Tensor, config: ModelConfig) -> Tensor:

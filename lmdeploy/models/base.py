@@ -13,7 +13,7 @@ from lmdeploy.layers.context import ForwardContext
 from lmdeploy.layers.linear import Embedding, Linear
 from lmdeploy.layers.mlp import GatedMLP
 from lmdeploy.layers.norm import Norm, RMSNorm
-from lmdeploy.layers.rotary import Rotary
+from lmdeploy.layers.rotary import make_rotary
 from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.weights import WeightMap
 
@@ -36,8 +36,8 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.rope) if config.rope is not None else None
-        self.local_rotary = Rotary(config.local_rope) if config.local_rope is not None else self.rotary
+        self.rotary = make_rotary(config.rope) if config.rope is not None else None
+        self.local_rotary = make_rotary(config.local_rope) if config.local_rope is not None else self.rotary
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.make_layer(index) for index in range(config.num_layers))
         self.norm = self.make_norm()
@@ -91,7 +91,7 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[R, C] -> [R, V] float32."""
-        head = self.embed_tokens.head if self.lm_head is None else self.lm_head
-        logits = head(hidden_states).float()
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        logits = head.logits(hidden_states)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.models.weight_files import SafetensorsFile, TensorInfo, TensorSource, TorchFile
+from lmdeploy.models.weight_files import SafetensorsFile, TensorInfo, TensorSource
 from lmdeploy.models.weights import Value
 
 _POINTER = b"version https://git-lfs"
@@ -89,6 +89,8 @@ def _opener(file: Path) -> Callable[[Path], TensorSource]:
     if file.suffix == ".safetensors":
         return SafetensorsFile
     if file.suffix == ".bin":
+        from lmdeploy.models.torch_file import TorchFile
+
         return TorchFile
     from lmdeploy.models.gguf_weights import GGUFFile
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lmdeploy.errors import CheckpointError, ConfigError, ModelNotSupported
-from lmdeploy.models.rope_config import RopeConfig, read_rope, rope_parameters
+from lmdeploy.models.rope_config import RopeConfig, positive_number, read_rope, rope_parameters
 
 if TYPE_CHECKING:
     from lmdeploy.models.moe_config import MLAConfig, MoEConfig
@@ -176,12 +176,14 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def find_architecture(hf: Mapping[str, Any]) -> str:
     """The architecture's name, from `architectures`, or from `model_type` where that is missing."""
-    from lmdeploy.models import MODEL_TYPES, nearest
+    from lmdeploy.models import MODEL_TYPES
 
     if hf.get("architectures"):
         return str(hf["architectures"][0])
     model_type = hf.get("model_type")
     if model_type not in MODEL_TYPES:
+        from lmdeploy.models.nearest import nearest
+
         raise ModelNotSupported(
             f"the config names no architecture and model_type {model_type!r} is not supported"
             f"{nearest(str(model_type), MODEL_TYPES)}; `lmdeploy list` shows the supported architectures"
@@ -206,7 +208,7 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     heads = _integer(hf, "num_attention_heads")
     hidden_size = _integer(hf, "hidden_size")
     num_layers = _integer(hf, "num_hidden_layers")
-    head_dim = int(hf.get("head_dim") or hidden_size // heads)
+    head_dim = _integer(hf, "head_dim", hidden_size // heads)
     windows = read_windows(hf, num_layers)
     scalar = hf.get("query_pre_attn_scalar")
     return {
@@ -215,10 +217,10 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "num_heads": heads,
-        "num_kv_heads": int(hf.get("num_key_value_heads") or heads),
+        "num_kv_heads": _integer(hf, "num_key_value_heads", heads),
         "head_dim": head_dim,
-        "intermediate_size": int(hf.get("intermediate_size") or 4 * hidden_size),
-        "norm_eps": float(_first(hf, EPS_KEYS, 1e-6)),
+        "intermediate_size": _integer(hf, "intermediate_size", 4 * hidden_size),
+        "norm_eps": _first(hf, EPS_KEYS, 1e-6),
         "activation": read_activation(hf),
         "max_position_embeddings": int(_first(hf, LENGTH_KEYS, 2048)),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
@@ -287,7 +289,10 @@ def token_ids(value: Any) -> tuple[int, ...]:
     """A token id, a list of them, or null, as a tuple."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(one, int) for one in values):
+        raise ConfigError(f"a token id such as eos_token_id must be an integer or a list of them, not {value!r}")
+    return values
 
 
 def _dynamic(rope: RopeConfig, factor: float, trained_length: int) -> RopeConfig:
@@ -308,15 +313,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _integer(hf: Mapping[str, Any], key: str) -> int:
-    value = hf.get(key)
+def _integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = hf.get(key) if default is None else hf.get(key) or default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ConfigError(f"config key {key!r} must be a positive integer, not {value!r}")
     return value
 
 
 def _first(hf: Mapping[str, Any], keys: tuple[str, ...], default: float) -> float:
-    return next((hf[key] for key in keys if hf.get(key) is not None), default)
+    key = next((key for key in keys if hf.get(key) is not None), None)
+    return default if key is None else positive_number(hf, key)
 
 
 def _dtype(hf: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,8 @@ from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
 from lmdeploy.models.routed import make_routed_mlp
-from lmdeploy.models.weights import ExpertRows, Rename, Transform, WeightMap
+from lmdeploy.models.weight_rules import ExpertRows, Transform
+from lmdeploy.models.weights import Rename, WeightMap
 
 
 def transposed_experts(weight: Tensor, config: ModelConfig) -> Tensor:

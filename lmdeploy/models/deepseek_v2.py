@@ -14,7 +14,8 @@ from lmdeploy.models.base import CausalLM
 from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import MLAConfig, read_moe
-from lmdeploy.models.rope_config import mscale, read_rope, rope_parameters
+from lmdeploy.models.rope_config import read_rope, rope_parameters
+from lmdeploy.models.rope_scalings import mscale
 from lmdeploy.models.routed import ROUTED_WEIGHT_MAP, make_routed_mlp
 from lmdeploy.models.weights import Piece, Rename, Stack, WeightMap
 

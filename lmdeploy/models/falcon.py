@@ -12,7 +12,8 @@ from lmdeploy.layers.mlp import MLP
 from lmdeploy.layers.norm import LayerNorm, Norm
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.llama import LlamaDecoderLayer
-from lmdeploy.models.weights import Rename, Rows, WeightMap, grouped_qkv
+from lmdeploy.models.weight_rules import Rows, grouped_qkv
+from lmdeploy.models.weights import Rename, WeightMap
 
 
 class FalconParallelLayer(nn.Module):

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.layers.linear import Linear
-from lmdeploy.layers.norm import LayerNorm, RMSNorm
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.weight_files import TensorSource
 from lmdeploy.models.weights import Piece, Value, WeightMap, dense, take_rows
 from lmdeploy.quantization import choose_method
 
-_SEED = 0
-_BIAS_SCALE = 0.02
 _NAMES_SHOWN = 8
 
 
@@ -48,7 +45,7 @@ def fill(
     slots = find_slots(model)
     plan = make_plan(model, checkpoint, weight_map, slots)
     for slot in slots.values():
-        if isinstance(slot.module, Linear) and slot.leaf == "weight":
+        if isinstance(slot.module, Linear) and slot.is_linear_weight:
             slot.module.method = choose_method(slot.kinds, device, dtype)
     for name, pieces in plan.items():
         tensor = checkpoint.read(name)
@@ -108,7 +105,7 @@ def place(value: Value, name: str, piece: Piece, slot: Slot, device: torch.devic
     if not isinstance(module, Linear):
         parameter = getattr(module, slot.leaf)
         _check_shape(value, tuple(parameter.shape), name, piece)
-        _materialize(slot, device, dtype).copy_(dense(value))
+        materialize(slot, device, dtype).copy_(dense(value))
         return
     columns = (module.in_features,) if slot.is_linear_weight else ()
     _check_shape(value, (sum(slot.parts[part] for part in parts), *columns), name, piece)
@@ -120,38 +117,17 @@ def place(value: Value, name: str, piece: Piece, slot: Slot, device: torch.devic
             module.method.load(module, part, rows, device, dtype)
         else:
             first = sum(slot.parts[:part])
-            _materialize(slot, device, dtype)[first : first + slot.parts[part]] = dense(rows)
+            materialize(slot, device, dtype)[first : first + slot.parts[part]] = dense(rows)
     slot.num_filled += len(parts)
     if slot.is_linear_weight and slot.num_filled == len(slot.parts):
         module.method.finish(module)
-
-
-def fill_at_random(model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
-    """Random weights, the same at every call: rows of unit length on average, small biases, norms that scale by 1."""
-    generator = torch.Generator(device).manual_seed(_SEED)
-    for slot in find_slots(model).values():
-        module = slot.module
-        if isinstance(module, Linear) and slot.is_linear_weight:
-            module.method = choose_method(("dense",), device, dtype)
-            for part, rows in enumerate(slot.parts):
-                weight = torch.empty(rows, module.in_features, dtype=dtype, device=device)
-                weight.normal_(0, module.in_features**-0.5, generator=generator)
-                module.method.load(module, part, weight, device, dtype)
-            module.method.finish(module)
-        elif isinstance(module, (RMSNorm, LayerNorm)):
-            scale = 1 - getattr(module, "offset", 0.0)
-            _materialize(slot, device, dtype).fill_(scale if slot.leaf == "weight" else 0.0)
-        else:
-            parameter = _materialize(slot, device, dtype)
-            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else _BIAS_SCALE
-            parameter.normal_(0, scale, generator=generator)
 
 
 def _parts(piece: Piece, slot: Slot) -> Iterable[int]:
     return range(len(slot.parts)) if piece.part is None else (piece.part,)
 
 
-def _materialize(slot: Slot, device: torch.device, dtype: torch.dtype) -> Tensor:
+def materialize(slot: Slot, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The parameter's memory, made at first use. A module may keep parameters in float32 by naming them."""
     parameter = getattr(slot.module, slot.leaf)
     if parameter.is_meta:
@@ -174,9 +150,12 @@ def _check_shape(value: Value, expected: tuple[int, ...], name: str, piece: Piec
 def _check_complete(slots: dict[str, Slot], unused: list[str]) -> None:
     missing = list(_unfilled(slots))
     if missing or unused:
+        hint = (
+            '; if the embedding is the head, set "tie_word_embeddings": true' if missing == ["lm_head.weight"] else ""
+        )
         raise CheckpointError(
             f"the checkpoint does not fit the model: {_listed(missing, 'parameters without a tensor')}; "
-            f"{_listed(unused, 'tensors without a parameter')}"
+            f"{_listed(unused, 'tensors without a parameter')}; complete the download, or mend config.json{hint}"
         )
 
 

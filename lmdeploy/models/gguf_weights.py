@@ -13,7 +13,8 @@ import torch
 from lmdeploy.errors import CheckpointError
 from lmdeploy.gguf_file import read_tensor_index
 from lmdeploy.models.weight_files import TensorInfo
-from lmdeploy.models.weights import Rename, Rows, Rule, Skip, Transform, Value, halves_from_pairs
+from lmdeploy.models.weight_rules import Rows, Transform, halves_from_pairs
+from lmdeploy.models.weights import Rename, Rule, Skip, Value
 from lmdeploy.quantization.gguf import read_tensor, tensor_kind
 
 _NAMES = {

@@ -12,7 +12,8 @@ from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
 from lmdeploy.models.routed import make_routed_mlp
-from lmdeploy.models.weights import Rename, Transform, WeightMap
+from lmdeploy.models.weight_rules import Transform
+from lmdeploy.models.weights import Rename, WeightMap
 
 
 def stacked_gate_up(weight: Tensor, config: ModelConfig) -> Tensor:

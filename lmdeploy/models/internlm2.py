@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmdeploy.models.llama import LlamaForCausalLM
-from lmdeploy.models.weights import Rename, Rows, WeightMap, grouped_qkv
+from lmdeploy.models.weight_rules import Rows, grouped_qkv
+from lmdeploy.models.weights import Rename, WeightMap
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):

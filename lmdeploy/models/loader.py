@@ -18,7 +18,7 @@ from lmdeploy.models import model_class
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.checkpoint import open_checkpoint, refuse_pointer
 from lmdeploy.models.config import ModelConfig, load_config
-from lmdeploy.models.filling import fill, fill_at_random
+from lmdeploy.models.filling import fill
 from lmdeploy.models.weights import WeightMap
 from lmdeploy.quantization import QUANTIZATION
 
@@ -50,6 +50,8 @@ def load_model(
     model = build_model(config)
     compute_dtype = choose_dtype(dtype, config, device)
     if load_format == "dummy":
+        from lmdeploy.models.dummy_weights import fill_at_random
+
         fill_at_random(model, device, compute_dtype)
     else:
         fill(model, open_checkpoint(path), _weight_map(model, path), device, compute_dtype)

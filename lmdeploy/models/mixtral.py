@@ -8,7 +8,8 @@ from typing import Any
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe
 from lmdeploy.models.routed import make_routed_mlp
-from lmdeploy.models.weights import Experts, Rename, WeightMap
+from lmdeploy.models.weight_rules import Experts
+from lmdeploy.models.weights import Rename, WeightMap
 
 
 class MixtralForCausalLM(LlamaForCausalLM):

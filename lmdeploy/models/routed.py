@@ -7,7 +7,8 @@ from torch import nn
 from lmdeploy.layers.moe import RoutedMLP
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.llama import LlamaForCausalLM
-from lmdeploy.models.weights import Experts, Rename, Stack, WeightMap
+from lmdeploy.models.weight_rules import Experts
+from lmdeploy.models.weights import Rename, Stack, WeightMap
 
 ROUTED_WEIGHT_MAP = WeightMap(
     Rename(r"\.mlp\.gate\.", ".mlp.router."),

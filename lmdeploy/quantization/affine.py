@@ -49,6 +49,9 @@ class AffineMethod(LinearMethod):
         x, fused = fused_norm(x, norm)
         return self.kernels.linear(x, self.packed, bias=linear.bias, residual=residual, **fused)
 
+    def logits(self, linear: Linear, x: Tensor) -> Tensor:
+        return self.kernels.linear(x, self.packed, bias=linear.bias, out_dtype=torch.float32)
+
     def gated_mlp(
         self, x: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
     ) -> Tensor:

@@ -29,6 +29,10 @@ class LinearMethod:
         """linear(norm(x)) + residual. x: [T, K], residual and result: [T, N]."""
         raise NotImplementedError
 
+    def logits(self, linear: Linear, x: Tensor) -> Tensor:
+        """linear(x) in float32."""
+        return self.apply(linear, x).float()
+
     def gated_mlp(
         self, x: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
     ) -> Tensor:

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from lmdeploy.kernels import cpu
 from lmdeploy.quantization.method import LinearMethod
-from lmdeploy.quantization.packing import AffineTensor
 
 if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
     from lmdeploy.layers.norm import Norm
+    from lmdeploy.quantization.packing import AffineTensor
 
 
 class UnquantizedMethod(LinearMethod):
@@ -34,10 +34,10 @@ class UnquantizedMethod(LinearMethod):
             linear.weight = nn.Parameter(weight, requires_grad=False)
         start = sum(linear.parts[:part])
         rows = _weight(linear).data[start : start + linear.parts[part]]
-        if isinstance(value, AffineTensor):
-            value.to(device).dequantize_into(rows)
-        else:
+        if isinstance(value, Tensor):
             rows.copy_(value)
+        else:
+            value.to(device).dequantize_into(rows)
 
     def finish(self, linear: Linear) -> None:
         weight = _weight(linear)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lmdeploy.layers.context import ForwardContext, KVCache
-from lmdeploy.layers.rotary import Rotary
-from lmdeploy.models.rope_config import RopeConfig, mscale
+from lmdeploy.layers.rotary import make_rotary
+from lmdeploy.models.rope_config import RopeConfig
+from lmdeploy.models.rope_scalings import mscale
 
 DIM = 16
 BASE = RopeConfig(kind="default", theta=10000.0, dim=DIM, trained_length=32)
@@ -22,7 +23,7 @@ def plain(j: int, base: float = 10000.0) -> float:
 
 
 def check_angles(config: RopeConfig, position: int, length: int, frequency: list[float], factor: float = 1.0) -> None:
-    cos, sin = Rotary(config).cos_sin(torch.tensor([position]), torch.tensor([length]))
+    cos, sin = make_rotary(config).cos_sin(torch.tensor([position]), torch.tensor([length]))
     assert cos.shape == sin.shape == (1, DIM // 2)
     assert cos.dtype == torch.float32
     expected = [(factor * math.cos(position * f), factor * math.sin(position * f)) for f in frequency]
@@ -54,7 +55,7 @@ def test_dynamic_by_prompt_grows_in_steps(prompt_len: int, alpha: int) -> None:
     config = replace(BASE, kind="dynamic_by_prompt")
     base = 10000.0 * alpha ** (DIM / (DIM - 2))
     check_angles(config, 200, prompt_len, [plain(j, base) for j in range(DIM // 2)])
-    assert Rotary(config).rope_length_key(prompt_len) == (0 if alpha == 1 else alpha)
+    assert make_rotary(config).rope_length_key(prompt_len) == (0 if alpha == 1 else alpha)
 
 
 def test_llama3_keeps_fast_and_divides_slow_frequencies() -> None:
@@ -96,12 +97,12 @@ def test_longrope_chooses_divisors_by_prompt(prompt_len: int, is_long: bool) -> 
     config = replace(BASE, kind="longrope", short_factor=short, long_factor=long, attention_factor=1.25)
     divisors = long if is_long else short
     check_angles(config, 50, prompt_len, [plain(j) / divisors[j] for j in range(DIM // 2)], 1.25)
-    assert Rotary(config).rope_length_key(prompt_len) == int(is_long)
+    assert make_rotary(config).rope_length_key(prompt_len) == int(is_long)
 
 
 def test_length_key_is_zero_where_nothing_depends_on_the_length() -> None:
-    assert Rotary(replace(BASE, kind="linear", factor=2.0)).rope_length_key(1000) == 0
-    dynamic = Rotary(replace(BASE, kind="dynamic", factor=2.0))
+    assert make_rotary(replace(BASE, kind="linear", factor=2.0)).rope_length_key(1000) == 0
+    dynamic = make_rotary(replace(BASE, kind="dynamic", factor=2.0))
     assert [dynamic.rope_length_key(n) for n in (1, 32, 33, 90)] == [0, 0, 33, 90]
 
 
@@ -123,7 +124,7 @@ def context(positions: list[int], query_lens: list[int], prompt_lens: list[int])
 
 @pytest.mark.parametrize("kind", ["default", "dynamic"])
 def test_step_tables_equal_the_computed_ones_and_are_made_once(kind: str) -> None:
-    rotary = Rotary(replace(BASE, kind=kind, factor=2.0))
+    rotary = make_rotary(replace(BASE, kind=kind, factor=2.0))
     ctx = context([3, 4, 5, 600, 601], [3, 2], [6, 602])
     cos, sin = rotary.tables(ctx)
     expected = rotary.cos_sin(ctx.positions, torch.tensor([6, 6, 6, 602, 602]))
@@ -132,7 +133,7 @@ def test_step_tables_equal_the_computed_ones_and_are_made_once(kind: str) -> Non
 
 
 def test_reserved_table_does_not_move() -> None:
-    rotary = Rotary(BASE)
+    rotary = make_rotary(BASE)
     rotary.reserve(600, torch.device("cpu"))
     table = rotary._tables
     rotary.tables(context([599], [1], [1]))

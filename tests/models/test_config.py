@@ -152,8 +152,10 @@ def test_unsupported_values_name_key_value_and_choice(keys: dict[str, Any], mess
 def test_unknown_architecture_and_model_type() -> None:
     with pytest.raises(ModelNotSupported, match=r"'RobertaModel' is not supported; `lmdeploy list` shows all"):
         read(architectures=["RobertaModel"])
-    with pytest.raises(ModelNotSupported, match=r"'LLaMAForCausalML' is not .*nearest that are: LlamaForCausalLM.*list`"):
-        read(architectures=["LLaMAForCausalML"])
+    with pytest.raises(
+        ModelNotSupported, match=r"'Qwen2VLForConditional.* is not .*nearest .*: Qwen2ForCausalLM.*list`"
+    ):
+        read(architectures=["Qwen2VLForConditionalGeneration"])
     with pytest.raises(ModelNotSupported, match=r"model_type 'qwen2_vl' is not .* qwen2, .*`lmdeploy list`"):
         read(architectures=None, model_type="qwen2_vl")
 

@@ -9,22 +9,8 @@ import pytest
 import torch
 
 from lmdeploy.models.config import ModelConfig
-from lmdeploy.models.weights import (
-    ExpertRows,
-    Experts,
-    Piece,
-    Rename,
-    Rows,
-    Skip,
-    Split,
-    Stack,
-    Transform,
-    Value,
-    WeightMap,
-    dense,
-    grouped_qkv,
-    halves_from_pairs,
-)
+from lmdeploy.models.weight_rules import ExpertRows, Experts, Rows, Split, Transform, grouped_qkv, halves_from_pairs
+from lmdeploy.models.weights import Piece, Rename, Skip, Stack, Value, WeightMap, dense
 from lmdeploy.quantization.packing import AffineTensor
 from tests.quantization.affine_data import random_affine
 
