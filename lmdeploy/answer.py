@@ -12,10 +12,11 @@ from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.errors import RequestError
 from lmdeploy.logging import get_logger
 from lmdeploy.messages import FinishReason, GenerationConfig, Response
-from lmdeploy.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from lmdeploy.tokenizer import IncrementalDetokenizer, Tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from lmdeploy.answer_reports import AnswerReports
+    from lmdeploy.stop_strings import StopChecker
 
 
 @dataclass
@@ -54,7 +55,7 @@ class AnswerStream:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, config.skip_special_tokens, config.spaces_between_special_tokens
         )
-        self._checker = StopChecker(stop_words, config.include_stop_str_in_output) if stop_words else None
+        self._checker = _stop_checker(stop_words, config) if stop_words else None
         self._held: list[_Token] = []
         self._ready: list[_Token] = []
         self._ready_text = ""
@@ -62,30 +63,23 @@ class AnswerStream:
         self._released_length = 0
         self._num_engine_tokens = 0
         self._num_reported_tokens = 0
-        self._prompt_logprobs: list[float] = []
-        self._logits: list[Tensor] = []
-        self._hidden_states: list[Tensor] = []
+        wants_reports = config.output_logits or config.output_last_hidden_state or config.return_ppl
+        self._reports = _answer_reports() if wants_reports else None
 
     def add(self, output: RequestOutput) -> Response | None:
         """The Response for this output, or None while there is nothing to report."""
         if output.error is not None:
             self.finish_reason = "error"
             return error_response(output.error, self.index, len(self.request.prompt_ids))
-        self._keep_reports(output)
+        self._num_engine_tokens += len(output.token_ids)
+        if self._reports is not None:
+            self._reports.add(output)
         if self._checker is None:
             self._take(output)
         else:
             self._take_checked(output, self._checker)
         has_news = self._is_streaming and (self._ready or self._ready_text)
         return self._report(output) if has_news or self.finish_reason is not None else None
-
-    def _keep_reports(self, output: RequestOutput) -> None:
-        self._num_engine_tokens += len(output.token_ids)
-        self._prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
-        if output.logits is not None:
-            self._logits.append(output.logits)
-        if output.hidden_states is not None:
-            self._hidden_states.append(output.hidden_states)
 
     def _visible_tokens(self, output: RequestOutput) -> list[tuple[int, dict[int, float] | None]]:
         """New tokens and their logprobs without the stop token, unless that is wanted."""
@@ -151,16 +145,9 @@ class AnswerStream:
         )
         if self._config.logprobs is not None:
             response.logprobs = [token.logprobs or {} for token in tokens]
-        if self.finish_reason is not None:
-            self._add_final_reports(response)
+        if self.finish_reason is not None and self._reports is not None:
+            self._reports.complete(response, self._num_engine_tokens - self._num_reported_tokens)
         return response
-
-    def _add_final_reports(self, response: Response) -> None:
-        num_dropped = self._num_engine_tokens - self._num_reported_tokens
-        response.logits = _join(self._logits, num_dropped)
-        response.last_hidden_state = _join(self._hidden_states, num_dropped)
-        if self._config.return_ppl and self._prompt_logprobs:
-            response.ppl = -sum(self._prompt_logprobs) / len(self._prompt_logprobs)
 
 
 def error_response(error: Exception, index: int = 0, input_token_len: int = 0) -> Response:
@@ -175,11 +162,13 @@ def error_response(error: Exception, index: int = 0, input_token_len: int = 0) -
     )
 
 
-def _join(pieces: list[Tensor], num_dropped: int) -> Tensor | None:
-    """Pieces along the positions, less the last num_dropped rows; None of nothing."""
-    if not pieces:
-        return None
-    import torch
+def _stop_checker(stop_words: list[str], config: GenerationConfig) -> StopChecker:
+    from lmdeploy.stop_strings import StopChecker
 
-    rows = torch.cat(pieces)
-    return rows[: max(len(rows) - num_dropped, 0)]
+    return StopChecker(stop_words, config.include_stop_str_in_output)
+
+
+def _answer_reports() -> AnswerReports:
+    from lmdeploy.answer_reports import AnswerReports
+
+    return AnswerReports()

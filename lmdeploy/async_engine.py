@@ -20,7 +20,7 @@ from typing import Any
 from lmdeploy import hub
 from lmdeploy.answer import AnswerStream, error_response
 from lmdeploy.chat_template import ChatTemplate, choose_chat_template
-from lmdeploy.chat_template.base import RenderOptions
+from lmdeploy.chat_template.base import DEFAULT_OPTIONS, RenderOptions
 from lmdeploy.chat_template.choose import UnknownTemplate
 from lmdeploy.engine.client import EngineClient, ThreadClient
 from lmdeploy.engine.config import EngineConfig
@@ -37,7 +37,6 @@ Prompt = str | Sequence[Message] | Sequence[int]
 # Requests handed to the engine at once, as a multiple of its batch: enough never to starve it, and a list of 100,000
 # prompts is not tokenized into memory.
 _SUBMITTED_BATCHES = 4
-_DEFAULT_RENDERING = RenderOptions()
 _NO_VISION = "{}: vision models are not supported yet, give text only"
 
 
@@ -72,7 +71,7 @@ class AsyncEngine:
         return effective_config(config, self.generation_defaults)
 
     def encode(
-        self, prompt: Prompt, *, do_preprocess: bool = True, options: RenderOptions = _DEFAULT_RENDERING
+        self, prompt: Prompt, *, do_preprocess: bool = True, options: RenderOptions = DEFAULT_OPTIONS
     ) -> list[int]:
         """The token ids of a prompt.
 
@@ -90,14 +89,7 @@ class AsyncEngine:
         elif not do_preprocess:
             raise InvalidParameter("do_preprocess=False takes text or token ids, not a list of messages")
         try:
-            return self.chat_template.render_ids(
-                prompt,  # type: ignore[arg-type]
-                self.tokenizer,
-                add_generation_prompt=options.add_generation_prompt,
-                tools=options.tools,
-                continue_final_message=options.continue_final_message,
-                **options.variables,
-            )
+            return self.chat_template.render_ids(prompt, self.tokenizer, options)  # type: ignore[arg-type]
         except ConfigError as error:  # the model has no template: a fault of this request, text would do
             raise InvalidParameter(str(error)) from error
 
@@ -134,7 +126,7 @@ class AsyncEngine:
         *,
         input_ids: Sequence[int] | None = None,
         do_preprocess: bool = True,
-        options: RenderOptions = _DEFAULT_RENDERING,
+        options: RenderOptions = DEFAULT_OPTIONS,
         request_id: str | None = None,
         cache_salt: str = "",
         is_streaming: bool = True,
@@ -206,7 +198,7 @@ class AsyncEngine:
         *,
         index: int = 0,
         do_preprocess: bool = True,
-        options: RenderOptions = _DEFAULT_RENDERING,
+        options: RenderOptions = DEFAULT_OPTIONS,
         request_id: str | None = None,
         cache_salt: str = "",
         is_streaming: bool = True,

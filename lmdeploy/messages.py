@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class QuantPolicy(IntEnum):
-    """How K and V are stored in the cache; the numbers are those of `--quant-policy`."""
+    """How K and V are stored in the cache; the numbers are those of `--quant-policy`. K8V4: keys int8, values int4."""
 
     NONE = 0
     INT4 = 4
@@ -25,6 +25,7 @@ class QuantPolicy(IntEnum):
     FP8 = 16
     FP8_E5M2 = 17
     TURBO_QUANT = 42
+    K8V4 = 84
 
 
 @dataclass
@@ -107,7 +108,8 @@ class TurbomindEngineConfig:
     """Engine settings under TurboMind's names. One engine serves both backends; see `engine/config.py` for what applies.
 
     cache_max_entry_count: a float in (0, 1) is the share of memory, free after weights and the largest activation, that
-    the KV blocks may take; an int is a number of blocks. quant_policy: 0 none, 8 int8, 4 int4 KV cache.
+    the KV blocks may take; an int is a number of blocks. quant_policy: the KV cache in 16 bits (0 or "none"),
+    8 ("int8"), 4 ("int4"), keys in 8 and values in 4 ("k8v4"), or 8-bit floats (16 or "fp8", 17 or "fp8_e5m2").
     """
 
     dtype: str = "auto"
@@ -281,7 +283,8 @@ class Response:
     """One answer, or one increment of a streamed answer.
 
     token_ids and generate_token_len leave the stop token out. logprobs: per generated token, the top tokens' and its own
-    log-probability by token id. logits: [tokens, V] float32; last_hidden_state: [tokens, C].
+    log-probability by token id; its own comes first. prompt_logprobs: the same per prompt token but the first, with
+    return_ppl. logits: [tokens, V] float32; last_hidden_state: [tokens, C].
     """
 
     text: str = ""
@@ -290,6 +293,7 @@ class Response:
     finish_reason: FinishReason | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float]] | None = None
     logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     index: int = 0

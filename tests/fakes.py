@@ -123,7 +123,7 @@ class FakeClient:
         sampling = request.sampling
         output = RequestOutput(request.request_id, prompt_tokens=len(request.prompt_ids))
         if sampling.prompt_logprobs and running.count == 0:
-            output.prompt_logprobs = [-1.0 / (1 + token) for token in request.prompt_ids[1:]]
+            output.prompt_logprobs = [{token: -1.0 / (1 + token)} for token in request.prompt_ids[1:]]
         token = next(running.tokens, None) if running.count < sampling.max_new_tokens else None
         if token is None:
             output.finish_reason = "length"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdeploy.detokenizer import StopChecker
 from lmdeploy.errors import InvalidParameter
+from lmdeploy.stop_strings import StopChecker
 
 
 def search_whole_text(text: str, words: list[str], include: bool) -> tuple[str, bool]:

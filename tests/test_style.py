@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
+MAX_MEDIAN_MODEL_LINES = 120
 SOURCES = sorted(p for folder in ("lmdeploy", "tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py"))
 PACKAGE = [p for p in SOURCES if p.is_relative_to(ROOT / "lmdeploy")]
 TEST_FILES = [p for p in SOURCES if p.name.startswith("test_")]
@@ -88,6 +91,44 @@ def test_files_are_short() -> None:
     assert not {p: n for p, n in lines.items() if n > MAX_FILE_LINES and "kernels" not in p.parts}
 
 
+def words_of(text: str) -> str:
+    """Lower case, with spaces for underscores and between the words of a camel-case name."""
+    return re.sub(r"_|(?<=[a-z0-9])(?=[A-Z])", " ", text).lower()
+
+
+def named_models(text: str) -> list[str]:
+    """The families that a text names. Names of rope scalings do not count: the config format has one called llama3."""
+    from lmdeploy.models import ARCHITECTURES
+    from lmdeploy.models.model_types import MODEL_TYPES
+    from lmdeploy.models.rope_scalings import SCALINGS
+
+    files = {home.split(":")[0] for home in ARCHITECTURES.values()}
+    names = {words_of(name) for name in {*files, *MODEL_TYPES, *(name.split("For")[0] for name in ARCHITECTURES)}}
+    for kind in SCALINGS:
+        text = text.replace(kind, "")
+    longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.findall(rf"(?<![a-z])(?:{longest_first})(?![a-z])", words_of(text))
+
+
+def test_model_files_are_short() -> None:
+    from lmdeploy.models import ARCHITECTURES
+
+    files = {ROOT / "lmdeploy" / "models" / f"{home.split(':')[0]}.py" for home in ARCHITECTURES.values()}
+    lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in files]
+    assert median(lines) <= MAX_MEDIAN_MODEL_LINES
+
+
+def test_only_models_know_names_of_models() -> None:
+    below = [
+        p
+        for p in PACKAGE
+        if p.relative_to(ROOT / "lmdeploy").parts[0] in ("layers", "kernels", "quantization", "engine")
+    ]
+    found = {str(p.relative_to(ROOT)): names for p in below if (names := named_models(p.read_text(encoding="utf-8")))}
+    assert len(below) > 30
+    assert not found
+
+
 def test_nothing_runs_what_it_reads() -> None:
     assert not findings(SOURCES, unsafe_code)
 
@@ -107,6 +148,8 @@ def test_the_checks_themselves_find() -> None:
     assert not list(unsafe_code(ast.parse(good)))
     tests = "def test_a(): run()\ndef test_b(): assert True\ndef test_c(): check(1)\ndef test_d(): assert x\n"
     assert [what.split()[0] for _, what in silent_tests(ast.parse(tests))] == ["test_a", "test_b"]
+    text = "Falcon(), 'llama3', MixtralForCausalLM, gpt_oss, qwen2_scale, a llama, llamas, phi"
+    assert named_models(text) == ["falcon", "mixtral", "gpt oss", "qwen2", "llama"]
     long = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
     assert [line for line, _ in long_functions(ast.parse(long))] == [1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy.errors import InvalidParameter
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from lmdeploy.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-# Stands where an unfinished answer ends while its prompt is rendered. Private-use characters: no template trims them.
-_CUT = "\ue0f0cut\ue0f1"
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,9 @@ class RenderOptions:
     tools: list[dict[str, Any]] | None = None
     continue_final_message: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
+
+
+DEFAULT_OPTIONS = RenderOptions()
 
 
 class ChatTemplate(ABC):
@@ -61,21 +62,9 @@ class ChatTemplate(ABC):
         return self._text(check_messages(messages), options)
 
     def render_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tokenizer: Tokenizer,
-        *,
-        add_generation_prompt: bool = True,
-        tools: list[dict[str, Any]] | None = None,
-        enable_thinking: bool | None = None,
-        continue_final_message: bool = False,
-        **template_kwargs: Any,
+        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, options: RenderOptions = DEFAULT_OPTIONS
     ) -> list[int]:
-        """The prompt as ids, with begin tokens where the model wants them; arguments as for render."""
-        variables = (
-            template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
-        )
-        options = RenderOptions(add_generation_prompt, tools, continue_final_message, variables)
+        """The prompt as ids, with begin tokens where the model wants them; options: the arguments of render."""
         return self._ids(check_messages(messages), tokenizer, options)
 
     @abstractmethod
@@ -90,18 +79,9 @@ class ChatTemplate(ABC):
             return "".join(message["content"] or "" for message in messages)
         if not options.continue_final_message:
             return self._render(messages, options)
-        last = messages[-1]
-        if last["role"] != "assistant" or not isinstance(last["content"], str):
-            raise InvalidParameter(
-                f"continue_final_message: the last message, the {last['role']}'s, is no answer to go on from"
-            )
-        marked = [*messages[:-1], {**last, "content": last["content"] + _CUT}]
-        text = self._render(marked, replace(options, add_generation_prompt=False))
-        if _CUT not in text:
-            raise InvalidParameter(
-                f"chat template {self.name!r} cannot continue the final message: it rewrites its content"
-            )
-        return text.rpartition(_CUT)[0]
+        from lmdeploy.chat_template.continuation import render_unfinished
+
+        return render_unfinished(self, messages, options)
 
     def prompt(self, text: str) -> str:
         """The prompt of one user turn."""
@@ -109,11 +89,11 @@ class ChatTemplate(ABC):
 
     def get_prompt(self, text: str, sequence_start: bool = True) -> str:
         """As `prompt`; with sequence_start=False, what follows an answer that the engine still holds (LMDeploy 0.1)."""
-        turn = {"role": "user", "content": text}
         if sequence_start or self.capability != "chat":
-            return self.render([turn])
-        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _CUT}]
-        return self.render([*before, turn]).rpartition(_CUT)[2]
+            return self.prompt(text)
+        from lmdeploy.chat_template.continuation import render_later_turn
+
+        return render_later_turn(self, text)
 
     def stop_token_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Ids of the stop words that are single tokens; the others have to be found in the text."""

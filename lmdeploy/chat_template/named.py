@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lmdeploy.chat_template.base import ChatTemplate
@@ -253,3 +255,19 @@ def make_template(name: str, **parts: Any) -> ChatTemplate:
         return source(**parts)
     except TypeError as error:
         raise ConfigError(f"chat template {name!r} does not take these parts: {error}") from error
+
+
+def make_for_model(name: str, path: Path, **parts: Any) -> ChatTemplate:
+    """make_template with what the model's folder says of it."""
+    own = _read_role_ids(path) if TEMPLATE_ALIASES.get(name, name) == "baichuan2" else {}
+    return make_template(name, **own, **parts)
+
+
+def _read_role_ids(path: Path) -> dict[str, int]:
+    """Baichuan's ids of the two roles, which belong to the checkpoint; `path` is its folder."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    keys = ("user_token_id", "assistant_token_id")
+    return {key: values[key] for key in keys if isinstance(values.get(key), int)}

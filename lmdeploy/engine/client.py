@@ -60,7 +60,7 @@ class Deliveries:
                 continue
             try:
                 deliver(output)
-            except Exception:
+            except BaseException:
                 get_logger().exception("the receiver of request %s failed; it is aborted", output.request_id)
                 self._abort(output.request_id)
 
@@ -80,8 +80,7 @@ class ThreadClient:
         self.info = self._loop.info
 
     def submit(self, request: Request, deliver: Deliver) -> None:
-        if self._loop.error is not None:
-            raise self._loop.error
+        self._loop.check_alive()
         check_request(request, self.info)
         self._deliveries.register(request, deliver)
         self._loop.add(request)

@@ -83,8 +83,8 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r}: use auto, float16, bfloat16 or float32")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device={self.device!r}: this engine runs on cpu and cuda")
-        if self.quant_policy != QuantPolicy.NONE:
-            raise ConfigError(f"quant_policy={int(self.quant_policy)}: a quantized KV cache is not supported yet")
+        if self.quant_policy == QuantPolicy.TURBO_QUANT:
+            raise ConfigError("quant_policy=42 (turbo_quant) is not supported; use 4 (int4), which is rotated here, or k8v4")
 
     @classmethod
     def from_public(cls, config: PublicConfig | None = None, **overrides: Any) -> EngineConfig:
@@ -105,9 +105,9 @@ class EngineConfig:
 
 
 def _quant_policy(value: int | str) -> QuantPolicy:
-    names = {"none": 0, "int4": 4, "int8": 8, "fp8": 16, "fp8_e4m3": 16, "fp8_e5m2": 17, "turbo_quant": 42}
+    names = {policy.name.lower(): policy.value for policy in QuantPolicy} | {"fp8_e4m3": QuantPolicy.FP8.value}
     number = names.get(value.lower(), value) if isinstance(value, str) else value
     try:
         return QuantPolicy(int(number))
     except ValueError:
-        raise ConfigError(f"quant_policy={value!r}: use one of {sorted(names)} or 0, 4, 8, 16, 17, 42") from None
+        raise ConfigError(f"quant_policy={value!r}: use one of {', '.join(names)}, or 0, 4, 8, 16, 17") from None

@@ -17,13 +17,14 @@ from lmdeploy.engine.block_manager import BlockManager, root_hash
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.memory import MemoryPlan, plan_memory
 from lmdeploy.engine.request import Request, RequestOutput
-from lmdeploy.engine.runner import PendingStep, Report, Runner
+from lmdeploy.engine.runner import PendingStep, Runner
 from lmdeploy.engine.sampler import INVALID_TOKEN
 from lmdeploy.engine.scheduler import Scheduler
 from lmdeploy.engine.state import RequestState
 from lmdeploy.engine.validation import EngineInfo, check_request
 from lmdeploy.errors import ConfigError, InvalidParameter, RequestError
 from lmdeploy.layers.context import KVCache
+from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.loader import load_model
 
@@ -50,14 +51,13 @@ class Engine:
             hf_overrides=config.hf_overrides,
             rope_scaling_factor=config.rope_scaling_factor,
             use_logn_attn=config.use_logn_attn,
+            model_format=config.model_format,
         )
         max_batch_size = config.max_batch_size or _MAX_BATCH_SIZE[device.type]
         max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP[device.type]
         max_tokens = max(max_tokens, max_batch_size)
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
-        planes, heads, dim = model.config.kv_shape
-        shape = (self.plan.num_blocks, model.config.num_layers, planes, heads, config.block_size, dim)
-        self.runner = Runner(model, KVCache(_zeros(shape, model.dtype, device)))
+        self.runner = Runner(model, _make_cache(model, self.plan, config.quant_policy, device))
         self.scheduler = Scheduler(
             BlockManager(self.plan.num_blocks, config.block_size),
             max_batch_size=max_batch_size,
@@ -161,17 +161,16 @@ class Engine:
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:
         tokens = pending.wait()
         outputs = []
-        entries = pending.plan.scheduled
-        reports = {id(entry.state): report for entry, report in zip(entries, pending.reports, strict=True)}
-        for state, new_tokens, reason in self.scheduler.update(entries, tokens):
+        for state, new_tokens, reason in self.scheduler.update(pending.plan.scheduled, tokens):
             if INVALID_TOKEN in new_tokens:
                 self.scheduler.finish(state)
                 error = RequestError("the model computed no finite logit for this request")
                 outputs.append(state.output(finish_reason="error", error=error))
                 self._forget(state)
                 continue
-            output = _with_report(state, new_tokens, reports[id(state)])
-            output.finish_reason = reason
+            output = state.output(token_ids=new_tokens, finish_reason=reason)
+            if state.request_id in pending.reports:
+                pending.reports[state.request_id].add_to(output, state)
             if reason is not None:
                 self._forget(state)
             if new_tokens or reason is not None or output.logits is not None or output.hidden_states is not None:
@@ -183,22 +182,14 @@ class Engine:
         self.runner.forget(state.request_id)
 
 
-def _with_report(state: RequestState, new_tokens: list[int], report: Report) -> RequestOutput:
-    """An output whose reported tensors have come to the host."""
-    if report.prompt_logprobs is not None:
-        state.prompt_logprobs.extend(report.prompt_logprobs.tolist())
-    is_prompt_done = state.num_reported_tokens >= len(state.prompt_ids)
-    logprobs = None
-    if report.logprobs is not None:
-        ids, values = report.logprobs
-        logprobs = [dict(zip(ids.tolist(), values.tolist(), strict=True))]
-    return state.output(
-        token_ids=new_tokens,
-        logprobs=logprobs,
-        prompt_logprobs=state.prompt_logprobs if is_prompt_done and report.prompt_logprobs is not None else None,
-        logits=None if report.logits is None else report.logits.cpu(),
-        hidden_states=None if report.hidden_states is None else report.hidden_states.cpu(),
-    )
+def _make_cache(model: CausalLM, plan: MemoryPlan, policy: QuantPolicy, device: torch.device) -> KVCache:
+    planes, heads, dim = model.config.kv_shape
+    shape = (plan.num_blocks, model.config.num_layers, planes, heads, plan.block_size, dim)
+    if policy == QuantPolicy.NONE:
+        return KVCache(_zeros(shape, model.dtype, device))
+    from lmdeploy.layers.quantized_cache import FORMATS, QuantizedKVCache
+
+    return QuantizedKVCache(shape, FORMATS[policy], lambda part, dtype: _zeros(part, dtype, device))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ def finish_reason(state: RequestState, session_len: int) -> FinishReason | None:
     """Why the request ends with its newest token, or None if it goes on."""
     sampling = state.request.sampling
     num_output = len(state.token_ids) - len(state.prompt_ids)
-    if state.token_ids[-1] in sampling.stop_token_ids and num_output > sampling.min_new_tokens:
+    if state.token_ids[-1] in state.stop_ids and num_output > sampling.min_new_tokens:
         return "stop"
     if num_output >= sampling.max_new_tokens or len(state.token_ids) >= session_len:
         return "length"

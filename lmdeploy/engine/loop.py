@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -16,7 +17,7 @@ from lmdeploy.errors import EngineDead, LMDeployError
 from lmdeploy.logging import get_logger
 
 Publish = Callable[[list[RequestOutput]], None]
-_Command = Callable[[Engine], list[RequestOutput]]
+_Command = Request | str | None  # add, abort by id, close
 
 
 class EngineLoop:
@@ -37,29 +38,23 @@ class EngineLoop:
 
     def add(self, request: Request) -> None:
         """Queue a request; if the engine refuses it, or is dead, that is published as its output."""
-
-        def command(engine: Engine) -> list[RequestOutput]:
-            try:
-                engine.add(request)
-            except LMDeployError as error:
-                return [RequestOutput(request.request_id, finish_reason="error", error=error)]
-            self._live.add(request.request_id)
-            return []
-
-        self._commands.put(command)
+        self._commands.put(request)
         if self.error is not None:
             self._publish([RequestOutput(request.request_id, finish_reason="error", error=self.error)])
 
     def abort(self, request_id: str) -> None:
-        def command(engine: Engine) -> list[RequestOutput]:
-            output = engine.abort(request_id)
-            return [] if output is None else [output]
+        self._commands.put(request_id)
 
-        self._commands.put(command)
+    def check_alive(self) -> None:
+        """Raise EngineDead if no request can be answered any more."""
+        if self.error is None and not self._thread.is_alive():
+            self.error = EngineDead("this process was forked and has no engine: load the model after the fork")
+        if self.error is not None:
+            raise self.error
 
     def stats(self) -> dict[str, float]:
         """The counters after the last step, and the age of the last sign of life of a loop that has work."""
-        return {**self._stats, "heartbeat_age_s": time.monotonic() - self.heartbeat}
+        return {**self._stats, "heartbeat_age_s": max(time.monotonic() - self.heartbeat, 0.0)}
 
     def close(self) -> None:
         """End all requests, stop the thread, free the engine's memory."""
@@ -70,54 +65,53 @@ class EngineLoop:
     def _run(self) -> None:
         engine, self._engine = self._engine, None
         assert engine is not None
+        error = EngineDead("the engine is closed")
         try:
             while self._drain(engine):
                 if engine.has_work:
                     self._deliver(engine.step())
-                self.heartbeat = time.monotonic()
                 self._stats = engine.stats()
             self._deliver(engine.close())
-        except Exception as error:
+        except BaseException as cause:  # whatever ends this thread, its waiters must hear of it
             get_logger().exception("the engine has stopped")
-            self._die(f"the engine has stopped: {type(error).__name__}: {error}")
-        else:
-            self.error = EngineDead("the engine is closed")
-        self._stats = {**self._stats, "num_running": 0, "num_waiting": 0}
+            error = EngineDead(f"the engine has stopped: {type(cause).__name__}: {cause}")
+        self._end(error)
 
     def _drain(self, engine: Engine) -> bool:
-        """Run the queued commands, waiting for one if there is nothing else to do; False to stop."""
+        """Obey the queued commands, waiting for one if there is nothing else to do; False to stop."""
         while True:
+            has_work = engine.has_work
+            self.heartbeat = time.monotonic() if has_work else math.inf  # an idle loop may wait as long as it likes
             try:
-                command = self._commands.get(timeout=None if not engine.has_work else 0.0)
+                command = self._commands.get(timeout=0.0 if has_work else None)
             except queue.Empty:
                 return True
             if command is None:
                 return False
-            self._deliver(command(engine))
+            self._deliver(self._obey(engine, command))
+
+    def _obey(self, engine: Engine, command: Request | str) -> list[RequestOutput]:
+        if isinstance(command, str):
+            output = engine.abort(command)
+            return [] if output is None else [output]
+        self._live.add(command.request_id)
+        try:
+            engine.add(command)
+        except LMDeployError as error:
+            return [RequestOutput(command.request_id, finish_reason="error", error=error)]
+        return []
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if outputs:
             self._live.difference_update(output.request_id for output in outputs if output.is_finished)
             self._publish(outputs)
 
-    def _die(self, message: str) -> None:
-        """Tell every waiter, those still in the queue of commands too."""
-        self.error = EngineDead(message)
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                break
-            if command is not None:
-                self._deliver(command(_DeadEngine()))  # type: ignore[arg-type]
-        self._deliver([RequestOutput(live, finish_reason="error", error=self.error) for live in sorted(self._live)])
-
-
-class _DeadEngine:
-    """Stands in for the engine when queued commands are answered after its death."""
-
-    def add(self, request: Request) -> None:
-        raise EngineDead("the engine has stopped")
-
-    def abort(self, request_id: str) -> None:
-        return None
+    def _end(self, error: EngineDead) -> None:
+        """Tell every waiter, those still in the queue of commands too; `add` itself tells those that come later."""
+        self.error = error
+        self._stats = {**self._stats, "num_running": 0, "num_waiting": 0}
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, Request):
+                self._live.add(command.request_id)
+        self._deliver([RequestOutput(live, finish_reason="error", error=error) for live in sorted(self._live)])

@@ -11,6 +11,7 @@ from lmdeploy import env
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.logging import get_logger
+from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.config import ModelConfig
 
 MIB = 1 << 20
@@ -68,8 +69,7 @@ def plan_memory(
     """
     total, free = device_memory(device)
     activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size)
-    planes, heads, dim = model.kv_shape
-    block_bytes = model.num_layers * planes * heads * config.block_size * dim * dtype.itemsize
+    block_bytes = config.block_size * kv_bytes_per_token(model, dtype, config.quant_policy)
     available = max(free - activations, 0)
     num_blocks = _num_blocks(config.cache_max_entry_count, available, block_bytes, device)
     if config.cache_max_entry_count is None:
@@ -98,6 +98,16 @@ def device_memory(device: torch.device) -> tuple[int, int]:
     if limit is not None and limit < total:
         free, total = max(limit - (total - free), 0), limit
     return total, free
+
+
+def kv_bytes_per_token(model: ModelConfig, dtype: torch.dtype, policy: QuantPolicy = QuantPolicy.NONE) -> int:
+    """Bytes that the KV cache holds of one token, over all layers. ConfigError where it cannot be quantized so."""
+    if policy != QuantPolicy.NONE:
+        from lmdeploy.layers.quantized_cache import token_bytes
+
+        return model.num_layers * token_bytes(model.kv_shape, policy)
+    planes, heads, dim = model.kv_shape
+    return model.num_layers * planes * heads * dim * dtype.itemsize
 
 
 def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, requests: int) -> int:

@@ -1,4 +1,7 @@
-"""Repetition, presence and frequency penalties over the tokens of a request, counted on the device."""
+"""What changes logits before a token is chosen: biases, banned tokens, and penalties counted on the device.
+
+It chooses no token.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,28 @@ from lmdeploy.engine.state import RequestState
 
 def uses_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+class LogitChanges:
+    """The penalties and the biases of all requests that have any."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._counts = PenaltyCounts(vocab_size, device)
+        self._biases = TokenBiases(device)
+
+    def apply(self, logits: Tensor, states: Sequence[RequestState]) -> None:
+        """Change logits [R, V] in place: penalties first."""
+        self._counts.apply(logits, states)
+        self._biases.apply(logits, states)
+
+    def add(self, tokens: Tensor, states: Sequence[RequestState]) -> None:
+        """The tokens [R] that were sampled then."""
+        self._counts.add(tokens, states)
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended."""
+        self._counts.forget(request_id)
+        self._biases.forget(request_id)
 
 
 class PenaltyCounts:
@@ -57,3 +82,49 @@ class PenaltyCounts:
             counts = torch.bincount(output, minlength=self._vocab_size).float()
             self._of_request[state.request_id] = (in_prompt, counts)
         return self._of_request[state.request_id]
+
+
+class TokenBiases:
+    """Per request with a list of tokens to favour or to ban: the list on the device, where the whole vocabulary fits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of_request: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def apply(self, logits: Tensor, states: Sequence[RequestState]) -> None:
+        """Add logit_bias; remove bad tokens, and the stop tokens before min_new_tokens. logits: [R, V], in place."""
+        for row, state in enumerate(states):
+            params = state.request.sampling
+            must_go_on = state.num_output_tokens - 1 < params.min_new_tokens  # the token to be sampled is counted
+            if params.logit_bias or params.bad_token_ids or must_go_on:
+                tokens, biases, stops = self._of(state)
+                logits[row].index_add_(0, tokens, biases)
+                if must_go_on:
+                    logits[row].index_fill_(0, stops, float("-inf"))
+            for token in _completed_bad_sequences(state):
+                logits[row, token] = float("-inf")
+
+    def forget(self, request_id: str) -> None:
+        self._of_request.pop(request_id, None)
+
+    def _of(self, state: RequestState) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens with a bias, the biases, stop tokens."""
+        if state.request_id not in self._of_request:
+            params = state.request.sampling
+            biases = {**params.logit_bias, **dict.fromkeys(params.bad_token_ids, float("-inf"))}
+            self._of_request[state.request_id] = (
+                torch.tensor(list(biases), dtype=torch.int64, device=self._device),
+                torch.tensor(list(biases.values()), dtype=torch.float32, device=self._device),
+                torch.tensor(params.stop_token_ids, dtype=torch.int64, device=self._device),
+            )
+        return self._of_request[state.request_id]
+
+
+def _completed_bad_sequences(state: RequestState) -> list[int]:
+    """Last tokens of the bad sequences that the tokens so far have begun."""
+    ids = state.token_ids
+    return [
+        sequence[-1]
+        for sequence in state.request.sampling.bad_token_sequences
+        if len(sequence) == 1 or ids[1 - len(sequence) :] == list(sequence[:-1])
+    ]

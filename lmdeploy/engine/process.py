@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from lmdeploy.engine.wire import (
     to_failure,
     to_wire,
 )  # fmt: skip
-from lmdeploy.errors import EngineDead
+from lmdeploy.errors import EngineDead, RequestError
 
 _STATS_INTERVAL_S = 0.5
 _CLOSE_TIMEOUT_S = 10.0
@@ -50,10 +51,15 @@ class ProcessClient:
         self._connection = Connection(ours, FromEngine)
         self._deliveries = Deliveries(self.abort)
         self._error: EngineDead | None = None
-        self._stats: dict[str, float] = {}
-        self._stats_time = time.monotonic()
-        self._connection.send(Start(str(path), config))
-        self.info = self._wait_ready()
+        try:
+            ready = self._start(path, config)
+        except BaseException:  # an interrupted load must not go on unseen
+            self.process.kill()
+            self.process.wait()
+            self._connection.close()
+            raise
+        self.info = ready.info
+        self._stats, self._stats_time = ready.stats, time.monotonic()
         self._reader = threading.Thread(target=self._read, name="lmdeploy-engine-reader", daemon=True)
         self._reader.start()
 
@@ -68,7 +74,9 @@ class ProcessClient:
         self._send(Abort(request_id))
 
     def stats(self) -> dict[str, float]:
-        """As the process last told; the heartbeat's age grows while it is silent."""
+        """As the process last told; the heartbeat's age grows while it is silent. Raises EngineDead."""
+        if self._error is not None:
+            raise self._error
         age = time.monotonic() - self._stats_time
         return {**self._stats, "heartbeat_age_s": self._stats.get("heartbeat_age_s", 0.0) + age}
 
@@ -82,14 +90,15 @@ class ProcessClient:
         self._connection.close()
         self._fail(EngineDead("the engine is closed"))
 
-    def _wait_ready(self) -> EngineInfo:
+    def _start(self, path: Path, config: EngineConfig) -> Ready:
+        with contextlib.suppress(OSError):  # it died at once: its exit code says more
+            self._connection.send(Start(str(path), config))
         message = self._connection.receive()
         if isinstance(message, Ready):
-            return message.info
-        self._connection.close()
-        code = self.process.wait()
+            return message
         if isinstance(message, Failure):
             raise from_failure(message)
+        code = self.process.wait()
         raise EngineDead(f"the engine process ended with code {code} before it was ready; its own output says why")
 
     def _send(self, message: Submit | Abort | Close) -> None:
@@ -99,12 +108,14 @@ class ProcessClient:
             self._fail(EngineDead("the engine process is gone"))
 
     def _read(self) -> None:
-        while (message := self._connection.receive()) is not None:
-            if isinstance(message, Outputs):
-                self._deliveries.publish([from_wire(output) for output in message.outputs])
-            elif isinstance(message, Stats):
-                self._stats, self._stats_time = message.values, time.monotonic()
-        self._fail(EngineDead("the engine process is gone"))
+        try:
+            while (message := self._connection.receive()) is not None:
+                if isinstance(message, Outputs):
+                    self._deliveries.publish([from_wire(output) for output in message.outputs])
+                elif isinstance(message, Stats):
+                    self._stats, self._stats_time = message.values, time.monotonic()
+        finally:
+            self._fail(EngineDead("the engine process is gone"))
 
     def _fail(self, error: EngineDead) -> None:
         self._error = self._error or error
@@ -119,14 +130,22 @@ def serve(sock: socket.socket) -> None:
         return
 
     def publish(outputs: list[RequestOutput]) -> None:
-        _try_send(connection, Outputs([to_wire(output) for output in outputs]))
+        try:
+            _try_send(connection, Outputs([to_wire(output) for output in outputs]))
+        except RequestError as error:  # too large for a frame: each alone, and what is still too large fails alone
+            if len(outputs) > 1:
+                for output in outputs:
+                    publish([output])
+            else:
+                loop.abort(outputs[0].request_id)
+                publish([RequestOutput(outputs[0].request_id, finish_reason="error", error=error)])
 
     try:
         loop = EngineLoop(Path(start.path), start.config, publish)
     except Exception as error:
         _try_send(connection, to_failure(error))
         return
-    _try_send(connection, Ready(loop.info))
+    _try_send(connection, Ready(loop.info, loop.stats()))
     stop = threading.Event()
     reporter = threading.Thread(target=_report_stats, args=(connection, loop, stop), daemon=True)
     reporter.start()
@@ -142,8 +161,10 @@ def serve(sock: socket.socket) -> None:
 
 def _report_stats(connection: Connection, loop: EngineLoop, stop: threading.Event) -> None:
     while not stop.wait(_STATS_INTERVAL_S):
-        if loop.error is None:
-            _try_send(connection, Stats(loop.stats()))
+        if loop.error is not None:  # this process is of no use any more, and its end says so to the client
+            connection.close()
+            return
+        _try_send(connection, Stats(loop.stats()))
 
 
 def _try_send(connection: Connection, message: Ready | Failure | Outputs | Stats) -> None:
@@ -155,5 +176,6 @@ def _try_send(connection: Connection, message: Ready | Failure | Outputs | Stats
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client decides; Ctrl-C must not end the engine first
+    for number in (signal.SIGINT, signal.SIGTERM):  # the client decides; a signal to the group must not end the engine first
+        signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))

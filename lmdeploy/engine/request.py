@@ -42,6 +42,20 @@ class SamplingParams:
     return_logits: Literal["all", "generation"] | None = None
     return_hidden_states: Literal["all", "generation"] | None = None
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a penalty, a bias or a ban changes the model's logits."""
+        is_banning = self.bad_token_ids or self.bad_token_sequences or self.min_new_tokens
+        is_penalizing = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(is_banning or is_penalizing or self.logit_bias)
+
+    @property
+    def wants_report(self) -> bool:
+        """Whether more than tokens is asked for."""
+        return bool(
+            self.logprobs is not None or self.prompt_logprobs or self.return_logits or self.return_hidden_states
+        )
+
 
 @dataclass
 class Request:
@@ -58,8 +72,8 @@ class RequestOutput:
     """News of one request since the last output.
 
     token_ids: new tokens, the stop token included when it ended the answer. logprobs: one dict (token id -> natural
-    log-probability) per new token, the chosen token first. prompt_logprobs: [P - 1] floats, once. logits: [n, V]
-    float32, hidden_states: [n, C], in order of position. error: set when finish_reason is 'error'.
+    log-probability) per new token, the chosen token first. prompt_logprobs: the same for each prompt token but the first,
+    once. logits: [n, V] float32, hidden_states: [n, C], in order of position. error: set when finish_reason is 'error'.
     """
 
     request_id: str
@@ -68,7 +82,7 @@ class RequestOutput:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     logprobs: list[dict[int, float]] | None = None
-    prompt_logprobs: list[float] | None = None
+    prompt_logprobs: list[dict[int, float]] | None = None
     logits: torch.Tensor | None = None
     hidden_states: torch.Tensor | None = None
     error: Exception | None = None

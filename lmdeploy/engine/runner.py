@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lmdeploy.engine.batch import Batch, build_batch
-from lmdeploy.engine.sampler import Sampled, Sampler
-from lmdeploy.engine.scheduler import Scheduled, StepPlan
+from lmdeploy.engine.batch import build_batch
+from lmdeploy.engine.sampler import Sampler
+from lmdeploy.engine.scheduler import StepPlan
 from lmdeploy.layers.context import KVCache
 from lmdeploy.models.base import CausalLM
 
-_LOGIT_ROWS = 256  # rows of [V] logits made at a time where every position is asked for
-
-
-@dataclass
-class Report:
-    """What one scheduled entry reports beside its token; tensors still on the device."""
-
-    logprobs: tuple[Tensor, Tensor] | None = None
-    prompt_logprobs: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: Tensor | None = None
+if TYPE_CHECKING:
+    from lmdeploy.engine.reports import Report
 
 
 @dataclass
 class PendingStep:
-    """A step that the device may still be computing."""
+    """A step that the device may still be computing. reports: by request id, of those that ask for more than tokens."""
 
     plan: StepPlan
     tokens: Tensor
     tokens_have_arrived: torch.cuda.Event | None
-    reports: list[Report]
+    reports: dict[str, Report]
 
     def wait(self) -> list[int | None]:
         """The sampled token of each scheduled entry; None where an entry samples nothing."""
@@ -63,70 +54,20 @@ class Runner:
         """Enqueue the step; only PendingStep.wait waits for the device."""
         batch = build_batch(plan, self.kv_cache, self._last_tokens)
         hidden_states = self.model(batch.input_ids, batch.ctx)
-        sampled, sample_logits = self._sample(batch, hidden_states)
-        reports = self._report(batch, hidden_states, sampled, sample_logits)
-        return PendingStep(plan, *_copy_to_host(sampled.tokens), reports)
+        wants_report = any(entry.state.request.sampling.wants_report for entry in batch.entries)
+        raw_logits, tokens = None, batch.sample_rows  # none of either where no prompt is complete yet
+        if batch.sampling_states:
+            logits = self.model.compute_logits(hidden_states[batch.sample_rows])
+            raw_logits = logits.clone() if wants_report else None
+            tokens = self.sampler(logits, batch.sampling_states)
+            for row, state in enumerate(batch.sampling_states):
+                self._last_tokens[state.request_id] = tokens[row].clamp(min=0)
+        reports: dict[str, Report] = {}
+        if wants_report:
+            from lmdeploy.engine.reports import make_reports
 
-    def _sample(self, batch: Batch, hidden_states: Tensor) -> tuple[Sampled, Tensor | None]:
-        states = batch.sampling_states
-        if not states:
-            return Sampled(batch.sample_rows, []), None
-        logits = self.model.compute_logits(hidden_states[batch.sample_rows])
-        wants_logits = any(state.request.sampling.return_logits for state in states)
-        raw = logits.clone() if wants_logits else None
-        sampled = self.sampler(logits, states)
-        for row, state in enumerate(states):
-            self._last_tokens[state.request_id] = sampled.tokens[row].clamp(min=0)
-        return sampled, raw
-
-    def _report(self, batch: Batch, hidden_states: Tensor, sampled: Sampled, raw: Tensor | None) -> list[Report]:
-        """Logits, hidden states and log-probabilities of the entries that ask for them."""
-        reports = []
-        start, sample_row = 0, 0
-        for entry in batch.entries:
-            rows = hidden_states[start : start + entry.num_tokens]
-            report = self._report_positions(entry, rows)
-            if entry.samples:
-                sampling = entry.state.request.sampling
-                report.logprobs = sampled.logprobs[sample_row]
-                if sampling.return_logits == "generation" and raw is not None:
-                    report.logits = raw[sample_row : sample_row + 1]
-                if sampling.return_hidden_states == "generation":
-                    report.hidden_states = rows[-1:]
-                sample_row += 1
-            start += entry.num_tokens
-            reports.append(report)
-        return reports
-
-    def _report_positions(self, entry: Scheduled, rows: Tensor) -> Report:
-        """What is asked for every position, each position once even if it is computed again after a preemption."""
-        state, report = entry.state, Report()
-        if not state.wants_every_position:
-            return report
-        sampling = state.request.sampling
-        rows = rows[max(state.num_reported_tokens - entry.start, 0) :]
-        first = entry.start + entry.num_tokens - len(rows)
-        state.num_reported_tokens = max(state.num_reported_tokens, entry.start + entry.num_tokens)
-        if sampling.return_hidden_states == "all":
-            report.hidden_states = rows
-        if sampling.return_logits == "all":
-            report.logits = torch.cat([rows.new_empty(0, self.model.config.vocab_size).float(), *self._logits(rows)])
-        if sampling.prompt_logprobs:
-            targets = torch.tensor(state.prompt_ids[first + 1 : first + 1 + len(rows)], device=rows.device)
-            report.prompt_logprobs = self._logprobs_of(rows[: len(targets)], targets)
-        return report
-
-    def _logits(self, rows: Tensor) -> Iterator[Tensor]:
-        for part in rows.split(_LOGIT_ROWS):
-            yield self.model.compute_logits(part)
-
-    def _logprobs_of(self, rows: Tensor, targets: Tensor) -> Tensor:
-        """log p(target) under each row's logits, [n] float32."""
-        parts = [
-            torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
-            for logits, wanted in zip(self._logits(rows), targets.split(_LOGIT_ROWS), strict=True)
-        ]
-        return torch.cat([torch.empty(0, device=rows.device), *parts])
+            reports = make_reports(self.model, batch, hidden_states, raw_logits, tokens)
+        return PendingStep(plan, *_copy_to_host(tokens), reports)
 
 
 def _copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

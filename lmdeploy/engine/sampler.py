@@ -7,53 +7,54 @@ else is in the batch. It knows no request queue and no cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lmdeploy.engine.penalties import PenaltyCounts
 from lmdeploy.engine.request import SamplingParams
 from lmdeploy.engine.state import RequestState
+
+if TYPE_CHECKING:
+    from lmdeploy.engine.penalties import LogitChanges
 
 INVALID_TOKEN = -1
 _MASK64 = (1 << 64) - 1
 
 
-@dataclass
-class Sampled:
-    """tokens: [R] int64, INVALID_TOKEN where no logit was finite. logprobs: per row (ids [n], values [n]) or None."""
-
-    tokens: Tensor
-    logprobs: list[tuple[Tensor, Tensor] | None]
-
-
 class Sampler:
-    """Chooses tokens; keeps the token counts of requests that use penalties."""
+    """Chooses tokens; keeps what penalties and biases need of the requests that use them."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._counts = PenaltyCounts(vocab_size, device)
+        self._vocab_size = vocab_size
+        self._device = device
+        self._changes: LogitChanges | None = None
 
     def forget(self, request_id: str) -> None:
-        """The request has ended or was preempted."""
-        self._counts.forget(request_id)
+        """The request has ended."""
+        if self._changes is not None:
+            self._changes.forget(request_id)
 
-    def __call__(self, logits: Tensor, states: Sequence[RequestState]) -> Sampled:
-        """logits: [R, V] float32, one row per state; may be changed in place."""
+    def __call__(self, logits: Tensor, states: Sequence[RequestState]) -> Tensor:
+        """The tokens, [R] int64, INVALID_TOKEN where no logit was finite.
+
+        logits: [R, V] float32, one row per state; may be changed in place.
+        """
         params = [state.request.sampling for state in states]
-        raw = logits.clone() if any(p.logprobs is not None for p in params) else logits
-        self._counts.apply(logits, states)
-        _apply_biases(logits, states)
-        greedy = logits.argmax(dim=-1)
+        if any(p.changes_logits for p in params):
+            from lmdeploy.engine.penalties import LogitChanges
+
+            self._changes = self._changes or LogitChanges(self._vocab_size, self._device)
+            self._changes.apply(logits, states)
+        tokens = logits.argmax(dim=-1)
+        is_valid = logits.gather(1, tokens[:, None])[:, 0].isfinite()  # argmax prefers NaN to any number
         drawn = [row for row, p in enumerate(params) if p.temperature > 0]
-        tokens = greedy
         if drawn:
-            tokens = greedy.clone()
             tokens[drawn] = _draw(logits[drawn], [states[row] for row in drawn])
-        is_valid = logits.gather(1, tokens[:, None])[:, 0].isfinite()
         tokens = tokens.where(is_valid, INVALID_TOKEN)
-        self._counts.add(tokens, states)
-        return Sampled(tokens, [_top_logprobs(raw[row], tokens[row], p) for row, p in enumerate(params)])
+        if self._changes is not None:
+            self._changes.add(tokens, states)
+        return tokens
 
 
 def uniform(seed: int, position: int) -> float:
@@ -62,35 +63,6 @@ def uniform(seed: int, position: int) -> float:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
     return float((z ^ (z >> 31)) >> 11) * 2.0**-53
-
-
-def _apply_biases(logits: Tensor, states: Sequence[RequestState]) -> None:
-    """Add logit_bias; remove bad tokens, and the stop tokens before min_new_tokens. In place."""
-    rows: list[int] = []
-    columns: list[int] = []
-    values: list[float] = []
-    for row, state in enumerate(states):
-        params = state.request.sampling
-        banned = [*params.bad_token_ids, *_completed_bad_sequences(state)]
-        if state.num_output_tokens - 1 < params.min_new_tokens:  # the token to be sampled is already counted
-            banned.extend(params.stop_token_ids)
-        for token, value in [*params.logit_bias.items(), *((token, float("-inf")) for token in banned)]:
-            rows.append(row)
-            columns.append(token)
-            values.append(value)
-    if rows:
-        index = torch.tensor([rows, columns], device=logits.device)
-        logits.index_put_((index[0], index[1]), torch.tensor(values, device=logits.device), accumulate=True)
-
-
-def _completed_bad_sequences(state: RequestState) -> list[int]:
-    """Last tokens of the bad sequences that the tokens so far have begun."""
-    ids = state.token_ids
-    return [
-        sequence[-1]
-        for sequence in state.request.sampling.bad_token_sequences
-        if len(sequence) == 1 or ids[1 - len(sequence) :] == list(sequence[:-1])
-    ]
 
 
 def _draw(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
@@ -130,15 +102,7 @@ def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
     """The smallest set of most probable tokens whose share of what is left reaches top_p; the rest to 0."""
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
-    kept = ordered.where(before < top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
+    is_kept = (before < top_p * ordered.sum(dim=-1, keepdim=True)) | (top_p >= 1)
+    kept = ordered.where(is_kept, 0.0)
     kept[:, 0] = ordered[:, 0]
     return torch.zeros_like(probabilities).scatter_(1, order, kept)
-
-
-def _top_logprobs(logits: Tensor, token: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor] | None:
-    """The chosen token's and the top tokens' log-probabilities under the model's own distribution. logits: [V]."""
-    if params.logprobs is None:
-        return None
-    logprobs = torch.log_softmax(logits, dim=-1)
-    ids = torch.cat((token.clamp(min=0)[None], logprobs.topk(params.logprobs).indices))
-    return ids, logprobs[ids]

@@ -21,6 +21,7 @@ class RequestState:
     root: bytes
     prompt_ids: list[int] = field(init=False)
     token_ids: list[int] = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
     num_placeholders: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
@@ -29,12 +30,13 @@ class RequestState:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_named_blocks: int = 0
-    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     is_finished: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.request.prompt_ids
         self.token_ids = list(self.prompt_ids)
+        self.stop_ids = frozenset(self.request.sampling.stop_token_ids)
 
     @property
     def request_id(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import msgspec
+
 from lmdeploy.engine.request import Request, SamplingParams
 from lmdeploy.errors import InvalidParameter, PromptTooLong
 
@@ -40,11 +42,15 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "repetition_ngram_size": (0, 1024),
     "repetition_ngram_threshold": (0, 1 << 20),
     "logprobs": (0, 1024),
+    "seed": (-(1 << 63), (1 << 63) - 1),
 }
+_MAX_BIAS = 1e6
+_MAX_BAD_SEQUENCES = 1024  # each is looked for at every token
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
     """Raise InvalidParameter or PromptTooLong if this engine can never run the request."""
+    _check_types(request)
     _check_sampling(request.sampling)
     prompt_len = len(request.prompt_ids)
     if not prompt_len:
@@ -59,6 +65,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
     sampling = request.sampling
     for name in ("stop_token_ids", "bad_token_ids", "logit_bias"):
         _check_ids(name, list(getattr(sampling, name)), info.vocab_size)
+    if len(sampling.bad_token_sequences) > _MAX_BAD_SEQUENCES:
+        raise InvalidParameter(f"{len(sampling.bad_token_sequences)} bad sequences: give at most {_MAX_BAD_SEQUENCES}")
     for sequence in sampling.bad_token_sequences:
         if not sequence:
             raise InvalidParameter("bad_token_sequences holds an empty sequence")
@@ -69,24 +77,27 @@ def check_request(request: Request, info: EngineInfo) -> None:
         raise InvalidParameter(f"logprobs={sampling.logprobs} is more than the {info.vocab_size} tokens there are")
 
 
+def _check_types(request: Request) -> None:
+    """Refuse what could not travel to an engine process as it is, and would break a step here."""
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=Request)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+        raise InvalidParameter(f"the request is malformed: {error}") from None
+
+
 def _check_sampling(sampling: SamplingParams) -> None:
     for name, (low, high) in _BOUNDS.items():
         value = getattr(sampling, name)
-        if value is None and name == "logprobs":
+        if value is None and name in ("logprobs", "seed"):
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        if not low <= value <= high:
             raise InvalidParameter(f"{name}={value!r} is out of bounds: give a number from {low:g} to {high:g}")
-    if sampling.seed is not None and not isinstance(sampling.seed, int):
-        raise InvalidParameter(f"seed={sampling.seed!r}: give a whole number")
     for token, bias in sampling.logit_bias.items():
-        if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
-            raise InvalidParameter(f"logit_bias of token {token} is {bias!r}: give a finite number")
+        if math.isnan(bias) or bias > _MAX_BIAS:
+            raise InvalidParameter(f"logit_bias of token {token} is {bias!r}: give a number of at most {_MAX_BIAS:g}")
 
 
 def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:
-    try:
-        bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-    except TypeError:
-        raise InvalidParameter(f"{name} must hold token ids, whole numbers from 0 to {vocab_size - 1}") from None
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
     if bad is not None:
         raise InvalidParameter(f"{name} holds token id {bad}; this model's ids are 0 to {vocab_size - 1}")

@@ -48,6 +48,7 @@ class Failure(msgspec.Struct, tag=True):
 
 class Ready(msgspec.Struct, tag=True):
     info: EngineInfo
+    stats: dict[str, float]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class WireOutput(msgspec.Struct):
     prompt_tokens: int
     cached_tokens: int
     logprobs: list[dict[int, float]] | None
-    prompt_logprobs: list[float] | None
+    prompt_logprobs: list[dict[int, float]] | None
     logits: WireTensor | None
     hidden_states: WireTensor | None
     error: Failure | None
@@ -92,10 +93,9 @@ class Connection:
         self._lock = threading.Lock()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Raises OSError when the other side is gone."""
+        """Raises OSError when the other side is gone, RequestError for what does not fit a frame."""
         data = self._encoder.encode(message)
-        if len(data) > _MAX_FRAME_BYTES:
-            raise errors.RequestError(f"an answer of {len(data):,} bytes does not fit a frame; ask for fewer logits")
+        _check_size(len(data))
         with self._lock:
             self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
@@ -124,6 +124,11 @@ class Connection:
                 return None
             chunks += chunk
         return bytes(chunks)
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > _MAX_FRAME_BYTES:
+        raise errors.RequestError(f"an answer of {num_bytes:,} bytes does not fit a frame; ask for fewer logits")
 
 
 def to_failure(error: Exception) -> Failure:
@@ -171,6 +176,7 @@ def from_wire(wire: WireOutput) -> RequestOutput:
 def _pack(tensor: torch.Tensor | None) -> WireTensor | None:
     if tensor is None:
         return None
+    _check_size(tensor.nbytes)
     data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return WireTensor(str(tensor.dtype).removeprefix("torch."), list(tensor.shape), data)
 

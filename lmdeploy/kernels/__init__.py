@@ -20,6 +20,7 @@ from lmdeploy.kernels.reference.moe import routed_mlp
 from lmdeploy.kernels.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from lmdeploy.kernels.reference.attention import Blocks
     from lmdeploy.layers.context import ForwardContext
 
 __all__ = [
@@ -54,14 +55,15 @@ def rope_store_attend(
     qkv: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
+    keys: Blocks,
+    values: Blocks,
     ctx: ForwardContext,
     spec: AttentionSpec,
 ) -> Tensor:
     """Per-head norms, rotation, cache write and attention of one layer: [T, (H + 2 Hkv) * D] -> [T, H * D].
 
-    cos, sin: [T, R/2] float32. keys, values: [NB, Hkv, S, D]. Arguments and result as in the reference.
+    cos, sin: [T, R/2] float32. keys, values: [NB, Hkv, S, D], plain or quantized. Arguments and result as in the reference.
     """
-    run = cpu.rope_store_attend if cpu.can_run(qkv) and cpu.supports(spec, qkv.dtype) else attention.rope_store_attend
-    return run(qkv, cos, sin, keys, values, ctx, spec)
+    if isinstance(keys, Tensor) and isinstance(values, Tensor) and cpu.can_run(qkv) and cpu.supports(spec, qkv.dtype):
+        return cpu.rope_store_attend(qkv, cos, sin, keys, values, ctx, spec)
+    return attention.rope_store_attend(qkv, cos, sin, keys, values, ctx, spec)

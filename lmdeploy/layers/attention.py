@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
             window=config.layer_windows[self.layer_index],
             softcap=config.attn_softcap,
             interleaved=self.rotary is not None and self.rotary.interleaved,
-            alibi_slopes=alibi_slopes(config.num_heads).to(device) if config.alibi else None,
+            alibi_slopes=self._alibi_slopes(device) if config.alibi else None,
             alibi_unscaled=config.alibi == "unscaled",
             sinks=self.sinks if config.attention_sinks else None,
             q_norm=self.q_norm.weight if config.qk_norm else None,
@@ -75,13 +75,7 @@ class SelfAttention(nn.Module):
             logn_length=config.logn_length,
         )
 
+    def _alibi_slopes(self, device: torch.device) -> Tensor:
+        from lmdeploy.layers.alibi import alibi_slopes
 
-def alibi_slopes(num_heads: int) -> Tensor:
-    """Slope of each head's bias, [H] float32; a count that is no power of two takes the rest from the next power's slopes.
-
-    Source: https://arxiv.org/abs/2108.12409
-    """
-    power = 1 << (num_heads.bit_length() - 1)
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * (num_heads - power), 2)]
-    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
+        return alibi_slopes(self.config.num_heads).to(device)

@@ -42,35 +42,6 @@ ARCHITECTURES: dict[str, str] = {
 }
 """Hugging Face architecture -> module and class in this package."""
 
-MODEL_TYPES: dict[str, str] = {
-    "Yi": "YiForCausalLM",
-    "baichuan": "BaichuanForCausalLM",
-    "chatglm": "ChatGLMModel",
-    "dbrx": "DbrxForCausalLM",
-    "deepseek": "DeepseekForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "falcon": "FalconForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "glm4": "Glm4ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "internlm": "InternLMForCausalLM",
-    "internlm2": "InternLM2ForCausalLM",
-    "internlm3": "InternLM3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen": "QWenLMHeadModel",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-"""model_type -> architecture, for configs that name none (GGUF files, the language part of a vision-language model)."""
-
 
 def model_class(architecture: str) -> type[CausalLM]:
     """The model class of a Hugging Face architecture. Raises ModelNotSupported."""

@@ -17,6 +17,17 @@ from lmdeploy.layers.rotary import make_rotary
 from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.weights import WeightMap
 
+ScaleTable = tuple[tuple[str, tuple[str, ...]], ...]
+"""For the search of quantization scales: what writes an input (a norm, or a linear by its last part), and all that read it.
+
+Paths in a decoder layer; those that a layer lacks are ignored.
+"""
+FEED_FORWARD_INPUTS = ("mlp.gate_up_proj", "mlp.router", "mlp.shared_expert.gate_up_proj", "mlp.shared_gate")
+FEED_FORWARD_INNER: ScaleTable = (
+    ("mlp.gate_up_proj", ("mlp.down_proj",)),
+    ("mlp.shared_expert.gate_up_proj", ("mlp.shared_expert.down_proj",)),
+)
+
 
 class CausalLM(nn.Module):
     """A decoder-only language model over T concatenated tokens of several requests.

@@ -5,15 +5,16 @@ Whatever the format, a tensor is dense or affine; whatever the layout, one tenso
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.models.weight_files import SafetensorsFile, TensorInfo, TensorSource
 from lmdeploy.models.weights import Value
 
 _POINTER = b"version https://git-lfs"
+_DENSE = ("weight", "bias", "inv_freq")  # how tensors of unquantized checkpoints end
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -38,21 +39,24 @@ class Checkpoint:
         return self._sources[name].read(name)
 
 
-def open_checkpoint(path: str | Path) -> TensorSource:
+def open_checkpoint(
+    path: str | Path, quantization: Mapping[str, Any] | None = None, model_format: str | None = None
+) -> TensorSource:
     """Open a folder of safetensors or pytorch_model files, or a GGUF file (its other splits with it).
 
-    Raises CheckpointError for missing, truncated or damaged files and for git-lfs pointers; reads headers only.
+    quantization, model_format: what config.json and the user say of the weights' format; the files themselves decide. Raises
+    CheckpointError for missing, truncated or damaged files and for git-lfs pointers; reads headers only.
     """
     path = Path(path)
     files = weight_files(path)
     for file in files:
         refuse_pointer(file)
     checkpoint = Checkpoint(_opener(file)(file) for file in files)
-    if not any(name.endswith("_blocks") for name in checkpoint.infos):
+    if not (quantization or model_format) and all(name.endswith(_DENSE) for name in checkpoint.infos):
         return checkpoint
-    from lmdeploy.models.mxfp4_weights import join_mxfp4
+    from lmdeploy.models.weight_formats import logical_tensors
 
-    return join_mxfp4(checkpoint)
+    return logical_tensors(checkpoint, path.is_file(), quantization or {}, model_format)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -65,7 +69,10 @@ def weight_files(path: Path) -> list[Path]:
         raise CheckpointError(f"{path} does not exist; give a model folder or a .gguf file")
     for index in _INDEXES:
         if (path / index).is_file():
-            return _indexed_files(path / index)
+            from lmdeploy.models.weight_index import indexed_files
+
+            refuse_pointer(path / index)
+            return indexed_files(path / index)
     for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "pytorch_model*.bin"):
         found = sorted(file for file in path.glob(pattern) if not file.name.startswith(("consolidated", "adapter_")))
         if found:
@@ -97,29 +104,11 @@ def _opener(file: Path) -> Callable[[Path], TensorSource]:
     return GGUFFile
 
 
-def _indexed_files(index: Path) -> list[Path]:
-    """The shards that an index names, in the order of their names."""
-    refuse_pointer(index)
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weight files: {error!r}; download it again") from error
-    folder = index.parent
-    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-    if outside:
-        raise CheckpointError(f"{index} names files outside its folder: {', '.join(outside)}")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index} names {len(names)} files, and {len(missing)} of them are missing: {_some(missing)}; download them"
-        )
-    return [folder / name for name in names]
-
-
 def _listing(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
-    return _some(names) if names else "nothing"
+    return first_names(names) if names else "nothing"
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
+def first_names(names: Sequence[str], limit: int = 8) -> str:
+    """The first names of a list, for a message."""
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

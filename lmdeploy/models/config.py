@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from lmdeploy.errors import CheckpointError, ConfigError, ModelNotSupported
-from lmdeploy.models.rope_config import RopeConfig, positive_number, read_rope, rope_parameters
+from lmdeploy.errors import CheckpointError, ConfigError
+from lmdeploy.models.rope_config import RopeConfig, positive_number, read_rope
 
 if TYPE_CHECKING:
     from lmdeploy.models.moe_config import MLAConfig, MoEConfig
@@ -133,16 +133,11 @@ class ModelConfig:
 
         rope_scaling_factor > 0 turns dynamic NTK scaling on; 1 keeps the factor of a model that already scales that way.
         """
-        config = self
-        if (rope_scaling_factor > 0 or use_logn_attn) and self.rope is None:
-            raise ConfigError(
-                f"{self.architecture} has no rotary embedding: rope_scaling_factor and use_logn_attn do not apply"
-            )
-        if rope_scaling_factor > 0 and config.rope is not None:
-            config = replace(config, rope=_dynamic(config.rope, rope_scaling_factor, self.max_position_embeddings))
-        if use_logn_attn and config.logn_length is None:
-            config = replace(config, logn_length=self.max_position_embeddings)
-        return config
+        if rope_scaling_factor <= 0 and not use_logn_attn:
+            return self
+        from lmdeploy.models.long_context import stretch
+
+        return stretch(self, rope_scaling_factor, use_logn_attn)
 
 
 def load_config(path: str | Path, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -176,19 +171,11 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def find_architecture(hf: Mapping[str, Any]) -> str:
     """The architecture's name, from `architectures`, or from `model_type` where that is missing."""
-    from lmdeploy.models import MODEL_TYPES
-
     if hf.get("architectures"):
         return str(hf["architectures"][0])
-    model_type = hf.get("model_type")
-    if model_type not in MODEL_TYPES:
-        from lmdeploy.models.nearest import nearest
+    from lmdeploy.models.model_types import architecture_of
 
-        raise ModelNotSupported(
-            f"the config names no architecture and model_type {model_type!r} is not supported"
-            f"{nearest(str(model_type), MODEL_TYPES)}; `lmdeploy list` shows the supported architectures"
-        )
-    return MODEL_TYPES[model_type]
+    return architecture_of(hf.get("model_type"))
 
 
 def usual_names(hf: Mapping[str, Any], dialect: type[ConfigDialect]) -> dict[str, Any]:
@@ -226,7 +213,7 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "dtype": _dtype(hf),
         "rope": read_rope(hf, head_dim),
-        "local_rope": read_local_rope(hf, head_dim) if any(windows) else None,
+        "local_rope": read_local_rope(hf, head_dim, windows),
         "layer_windows": windows,
         "qkv_bias": bool(hf.get("attention_bias", False)),
         "o_bias": bool(hf.get("attention_bias", False)),
@@ -256,33 +243,21 @@ def read_activation(hf: Mapping[str, Any]) -> str:
 
 
 def read_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer, from layer_types, sliding_window_pattern, max_window_layers or for all layers alike."""
-    window = hf.get("sliding_window")
-    if window is None or not hf.get("use_sliding_window", True):
+    """The sliding window of each layer; None where a query sees all keys before it."""
+    if hf.get("sliding_window") is None or not hf.get("use_sliding_window", True):
         return (None,) * num_layers
-    types = hf.get("layer_types")
-    if types is not None:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
-        if unknown or len(types) != num_layers:
-            raise ConfigError(
-                f"layer_types {types!r} is not supported; supported: full_attention or sliding_attention for each layer"
-            )
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    pattern = hf.get("sliding_window_pattern")
-    if pattern is not None:
-        return tuple(window if (index + 1) % pattern else None for index in range(num_layers))
-    first = hf.get("max_window_layers", 0) if "use_sliding_window" in hf else 0
-    return tuple(window if index >= first else None for index in range(num_layers))
+    from lmdeploy.models.layer_windows import windows_by_layer
+
+    return windows_by_layer(hf, num_layers)
 
 
-def read_local_rope(hf: Mapping[str, Any], head_dim: int) -> RopeConfig | None:
+def read_local_rope(hf: Mapping[str, Any], head_dim: int, windows: tuple[int | None, ...]) -> RopeConfig | None:
     """The rope config of the layers with a window, if the config names one of their own."""
-    if any(isinstance(value, Mapping) for value in (hf.get("rope_parameters") or {}).values()):
-        return read_rope(hf, head_dim, "sliding_attention") if rope_parameters(hf, "sliding_attention") else None
-    if "rope_local_base_freq" not in hf:
+    if not any(windows):
         return None
-    plain = {key: value for key, value in hf.items() if key not in ("rope_scaling", "rope_parameters")}
-    return read_rope({**plain, "rope_theta": hf["rope_local_base_freq"]}, head_dim)
+    from lmdeploy.models.layer_windows import local_rope
+
+    return local_rope(hf, head_dim)
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
@@ -293,12 +268,6 @@ def token_ids(value: Any) -> tuple[int, ...]:
     if not all(isinstance(one, int) for one in values):
         raise ConfigError(f"a token id such as eos_token_id must be an integer or a list of them, not {value!r}")
     return values
-
-
-def _dynamic(rope: RopeConfig, factor: float, trained_length: int) -> RopeConfig:
-    if rope.kind in ("dynamic", "dynamic_by_prompt"):
-        return rope if factor == 1 else replace(rope, factor=factor)
-    return replace(rope, kind="dynamic", factor=factor, trained_length=trained_length, attention_factor=1.0)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lmdeploy.layers.context import ForwardContext
 from lmdeploy.layers.mlp import MLP
 from lmdeploy.layers.norm import LayerNorm, Norm
-from lmdeploy.models.base import CausalLM
+from lmdeploy.models.base import CausalLM, ScaleTable
 from lmdeploy.models.llama import LlamaDecoderLayer
 from lmdeploy.models.weight_rules import Rows, grouped_qkv
 from lmdeploy.models.weights import Rename, WeightMap
@@ -25,6 +25,11 @@ class FalconParallelLayer(nn.Module):
         self.self_attn = model.make_attention(index)
         self.mlp_layernorm = model.make_norm() if model.config.variant == "two norms" else None
         self.mlp = model.make_mlp(index)
+        values = ("self_attn.qkv_proj", ("self_attn.o_proj",))
+        self.awq_groups: ScaleTable = (("input_layernorm", ("self_attn.qkv_proj", "mlp.up_proj")), values)
+        if self.mlp_layernorm is not None:
+            one_each = (("input_layernorm", ("self_attn.qkv_proj",)), ("mlp_layernorm", ("mlp.up_proj",)))
+            self.awq_groups = (*one_each, values)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         attended = self.self_attn(x, self.input_layernorm, ctx, residual=x)

@@ -80,6 +80,8 @@ def make_plan(
         pieces = weight_map.pieces(name, model.config)
         if model.config.tie_word_embeddings:
             pieces = [piece for piece in pieces if piece.name != "lm_head.weight"]
+        if info.is_optional:
+            pieces = [piece for piece in pieces if piece.name in slots]
         for piece in pieces:
             slot = slots.get(piece.name)
             if slot is None or (piece.part or 0) >= len(slot.parts):

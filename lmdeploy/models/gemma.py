@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lmdeploy.layers.context import ForwardContext
-from lmdeploy.models.base import CausalLM
+from lmdeploy.models.base import FEED_FORWARD_INNER, FEED_FORWARD_INPUTS, CausalLM, ScaleTable
 from lmdeploy.models.config import read_activation
 from lmdeploy.models.llama import LlamaForCausalLM
 
 
 class SandwichDecoderLayer(nn.Module):
     """x + norm(attention(norm x)), then x + norm(mlp(norm x))."""
+
+    awq_groups: ClassVar[ScaleTable] = (
+        ("input_layernorm", ("self_attn.qkv_proj",)),
+        ("self_attn.qkv_proj", ("self_attn.o_proj",)),
+        ("pre_feedforward_layernorm", FEED_FORWARD_INPUTS),
+        *FEED_FORWARD_INNER,
+    )
 
     def __init__(self, model: CausalLM, index: int) -> None:
         super().__init__()

@@ -7,12 +7,20 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lmdeploy.layers.context import ForwardContext
-from lmdeploy.models.base import CausalLM
+from lmdeploy.models.base import FEED_FORWARD_INNER, FEED_FORWARD_INPUTS, CausalLM, ScaleTable
 from lmdeploy.models.weights import Rename, Skip, Stack, WeightMap
 
 
 class LlamaDecoderLayer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
+
+    awq_groups: ClassVar[ScaleTable] = (
+        ("input_layernorm", ("self_attn.qkv_proj", "self_attn.qkv_a_proj")),
+        ("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+        ("self_attn.qkv_proj", ("self_attn.o_proj",)),
+        ("post_attention_layernorm", FEED_FORWARD_INPUTS),
+        *FEED_FORWARD_INNER,
+    )
 
     def __init__(self, model: CausalLM, index: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lmdeploy.errors import ConfigError, ModelNotSupported
+from lmdeploy.errors import ConfigError
 from lmdeploy.logging import get_logger
 from lmdeploy.models import model_class
 from lmdeploy.models.base import CausalLM
@@ -20,7 +20,6 @@ from lmdeploy.models.checkpoint import open_checkpoint, refuse_pointer
 from lmdeploy.models.config import ModelConfig, load_config
 from lmdeploy.models.filling import fill
 from lmdeploy.models.weights import WeightMap
-from lmdeploy.quantization import QUANTIZATION
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -34,11 +33,13 @@ def load_model(
     hf_overrides: Mapping[str, Any] | None = None,
     rope_scaling_factor: float = 0.0,
     use_logn_attn: bool = False,
+    model_format: str | None = None,
 ) -> CausalLM:
     """The model in a Hugging Face folder or a GGUF file, ready to run on `device`.
 
     dtype: as `choose_dtype`. load_format: "auto", or "dummy" for random weights from the config alone. hf_overrides replaces
-    keys of config.json. Raises CheckpointError, ConfigError or ModelNotSupported.
+    keys of config.json. model_format: the weights' format as the user knows it; a notice says if the files hold another one.
+    Raises CheckpointError, ConfigError or ModelNotSupported.
     """
     if load_format not in ("auto", "dummy"):
         raise ConfigError(f"load_format={load_format!r}: use auto or dummy")
@@ -46,7 +47,6 @@ def load_model(
     if path.is_file():
         refuse_pointer(path)
     config = load_config(path, hf_overrides).with_long_context(rope_scaling_factor, use_logn_attn)
-    _check_quantization(config)
     model = build_model(config)
     compute_dtype = choose_dtype(dtype, config, device)
     if load_format == "dummy":
@@ -54,7 +54,8 @@ def load_model(
 
         fill_at_random(model, device, compute_dtype)
     else:
-        fill(model, open_checkpoint(path), _weight_map(model, path), device, compute_dtype)
+        checkpoint = open_checkpoint(path, config.quantization, model_format)
+        fill(model, checkpoint, _weight_map(model, path), device, compute_dtype)
     return model
 
 
@@ -95,12 +96,3 @@ def _weight_map(model: CausalLM, path: Path) -> WeightMap:
     from lmdeploy.models.gguf_weights import gguf_rules
 
     return WeightMap(*gguf_rules(model.config.model_type), *model.weight_map.rules)
-
-
-def _check_quantization(config: ModelConfig) -> None:
-    method = (config.quantization or {}).get("quant_method", "none")
-    if method not in QUANTIZATION:
-        raise ModelNotSupported(
-            f"weights quantized by {method!r} (quantization_config in config.json) are not supported yet; supported: "
-            f"{', '.join(QUANTIZATION)}"
-        )

@@ -15,10 +15,15 @@ from lmdeploy.models.weights import Value
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read. kind: dense, affine4 or affine8."""
+    """What is known of a tensor before it is read.
+
+    kind: dense, affine4, affine8, or the type of 8-bit numbers with scales: float8_e4m3fn, float8_e5m2, int8. is_optional: may
+    be left out if the model has no place for it.
+    """
 
     shape: tuple[int, ...]
     kind: str = "dense"
+    is_optional: bool = False
 
 
 class TensorSource(Protocol):

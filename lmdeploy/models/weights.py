@@ -18,8 +18,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lmdeploy.models.config import ModelConfig
     from lmdeploy.quantization.packing import AffineTensor
+    from lmdeploy.quantization.scaled import ScaledTensor
 
-Value: TypeAlias = "Tensor | AffineTensor"
+Value: TypeAlias = "Tensor | AffineTensor | ScaledTensor"
 Step = Callable[[Value], Value]
 
 

@@ -13,25 +13,40 @@ if TYPE_CHECKING:
 
 QUANTIZATION: dict[str, str] = {
     "none": "unquantized:UnquantizedMethod",
+    "awq": "affine:AffineMethod",
+    "compressed-tensors": "affine:AffineMethod",
+    "fbgemm_fp8": "fp8:Float8Method",
+    "fp8": "fp8:Float8Method",
     "gguf": "affine:AffineMethod",
+    "gptq": "affine:AffineMethod",
     "mxfp4": "unquantized:UnquantizedMethod",
+    "smooth_quant": "w8a8:Int8Method",
 }
-"""Format of a checkpoint (its config's `quant_method`) -> module and LinearMethod that runs its quantized linears."""
+"""Format of a checkpoint (its config's `quant_method`) -> module and LinearMethod that runs its quantized linears.
+
+compressed-tensors may also hold float8 or int8 weights, and smooth_quant float8 ones: what a linear's tensors are decides.
+"""
 
 
 def choose_method(kinds: Collection[str], device: torch.device, dtype: torch.dtype) -> LinearMethod:
-    """A new method for one linear, by the kinds of its parts (dense, affine4, affine8).
+    """A new method for one linear, by the kinds of its parts: dense, affine4, affine8, float8_e4m3fn, float8_e5m2, int8.
 
-    In float32 everything is dense, so that results are exact; so is a linear that mixes dense and quantized parts, and on a CPU
-    without compiled kernels one of 8 bits, for which torch has no product by groups.
+    In float32 everything is dense, so that results are exact; so is a linear that mixes dense and quantized parts. On a CPU
+    also what no kernel there is fast at: 8-bit floats and, without compiled kernels, 8 bits by groups.
     """
     import torch
 
     from lmdeploy.kernels import cpu
 
-    is_affine = bool(kinds) and all(kind.startswith("affine") for kind in kinds)
-    has_kernel = device.type != "cpu" or "affine8" not in kinds or cpu.is_available()
-    return _method("gguf" if is_affine and dtype != torch.float32 and has_kernel else "none")
+    only = next(iter(kinds)) if len(set(kinds)) == 1 else "mixed"
+    on_cpu = device.type == "cpu"
+    if dtype == torch.float32 or (on_cpu and "affine8" in kinds and not cpu.is_available()):
+        return _method("none")
+    if kinds and all(kind.startswith("affine") for kind in kinds):
+        return _method("gguf")
+    if only.startswith("float8") and not on_cpu:
+        return _method("fp8")
+    return _method("smooth_quant" if only == "int8" else "none")
 
 
 def _method(name: str) -> LinearMethod:

@@ -11,12 +11,15 @@ from torch import Tensor
 from lmdeploy.kernels import cpu
 from lmdeploy.kernels.reference import affine as reference
 from lmdeploy.quantization.method import LinearMethod
-from lmdeploy.quantization.packing import AffineTensor
-from lmdeploy.quantization.unquantized import fused_norm
+from lmdeploy.quantization.packing import AffineTensor, same_columns
+from lmdeploy.quantization.unquantized import UnquantizedMethod, fused_norm
 
 if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
     from lmdeploy.layers.norm import Norm
+    from lmdeploy.quantization.scaled import ScaledTensor
+
+_KERNEL_GROUP_SIZES = (128, 64, 32, 16)
 
 
 class AffineMethod(LinearMethod):
@@ -28,10 +31,16 @@ class AffineMethod(LinearMethod):
         self.kernels: ModuleType = reference
         self.packed: Any = None
         self.dtype = torch.bfloat16
+        self.columns: Tensor | None = None
         self._parts: dict[int, AffineTensor] = {}
 
     def load(
-        self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype
+        self,
+        linear: Linear,
+        part: int,
+        value: Tensor | AffineTensor | ScaledTensor,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """Keep the part's integers until the others are there."""
         if not isinstance(value, AffineTensor):
@@ -40,16 +49,24 @@ class AffineMethod(LinearMethod):
         self.dtype = dtype
 
     def finish(self, linear: Linear) -> None:
-        weight = AffineTensor.stack([self._parts[part] for part in range(len(linear.parts))])
+        parts = [self._parts[part] for part in range(len(linear.parts))]
         self._parts = {}
+        if not all(same_columns(part, parts[0]) for part in parts):
+            _make_dense(linear, parts, self.dtype)
+            return
+        weight = kernel_groups(AffineTensor.stack(parts))
+        self.columns = weight.columns
         self.kernels = choose_kernels(weight, self.dtype)
         self.packed = self.kernels.pack(weight.q, weight.scales, weight.mins, weight.bits)
 
     def apply(self, linear: Linear, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if self.columns is not None:
+            x, norm = (x if norm is None else norm(x))[:, self.columns], None
         x, fused = fused_norm(x, norm)
         return self.kernels.linear(x, self.packed, bias=linear.bias, residual=residual, **fused)
 
     def logits(self, linear: Linear, x: Tensor) -> Tensor:
+        x = x if self.columns is None else x[:, self.columns]
         return self.kernels.linear(x, self.packed, bias=linear.bias, out_dtype=torch.float32)
 
     def gated_mlp(
@@ -59,23 +76,32 @@ class AffineMethod(LinearMethod):
         has_bias = gate_up.bias is not None or down.bias is not None
         if has_bias or not isinstance(other, AffineMethod) or other.kernels is not self.kernels:
             return super().gated_mlp(x, norm, gate_up, down, activation, residual)
+        if self.columns is not None or other.columns is not None:
+            return super().gated_mlp(x, norm, gate_up, down, activation, residual)
         x, fused = fused_norm(x, norm)
         return self.kernels.gated_mlp(x, self.packed, other.packed, activation, residual=residual, **fused)
 
     def embed(self, linear: Linear, ids: Tensor) -> Tensor:
-        return self.kernels.embed(ids, self.packed, self.dtype)
+        rows: Tensor = self.kernels.embed(ids, self.packed, self.dtype)
+        return rows if self.columns is None else torch.empty_like(rows).index_copy_(1, self.columns, rows)
 
     def dense_weight(self, linear: Linear) -> Tensor:
         q, scales, mins = self.kernels.unpack(self.packed)
-        return AffineTensor(q, scales, mins, self.packed.bits).dequantize(self.dtype)
+        return AffineTensor(q, scales, mins, self.packed.bits, self.columns).dequantize(self.dtype)
 
     def num_bytes(self, linear: Linear) -> int:
         return super().num_bytes(linear) + self.packed.num_bytes
 
 
+def kernel_groups(weight: AffineTensor) -> AffineTensor:
+    """The same values, with groups of the largest size that kernels take and that fits, if one does."""
+    sizes = (size for size in _KERNEL_GROUP_SIZES if weight.group_size % size == 0)
+    return weight.to_group(next(sizes, weight.group_size))
+
+
 def choose_kernels(weight: AffineTensor, dtype: torch.dtype) -> ModuleType:
     """The fastest module with pack, unpack, linear, gated_mlp and embed for this weight [N, K] where it lies."""
-    if weight.q.device.type == "cpu" and dtype == torch.bfloat16:
+    if weight.q.device.type == "cpu" and dtype == torch.bfloat16 and weight.group_size in _KERNEL_GROUP_SIZES:
         if cpu.is_available():
             return cpu
         from lmdeploy.kernels import aten_affine
@@ -83,3 +109,11 @@ def choose_kernels(weight: AffineTensor, dtype: torch.dtype) -> ModuleType:
         if aten_affine.supports(weight.shape[0], weight.group_size, weight.bits):
             return aten_affine
     return reference
+
+
+def _make_dense(linear: Linear, parts: list[AffineTensor], dtype: torch.dtype) -> None:
+    """Give the linear its dequantized weight: no one order of x fits all of its parts."""
+    linear.method = UnquantizedMethod()
+    for part, value in enumerate(parts):
+        linear.method.load(linear, part, value, value.q.device, dtype)
+    linear.method.finish(linear)

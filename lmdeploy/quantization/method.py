@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
     from lmdeploy.layers.norm import Norm
     from lmdeploy.quantization.packing import AffineTensor
+    from lmdeploy.quantization.scaled import ScaledTensor
 
 
 class LinearMethod:
@@ -18,7 +19,14 @@ class LinearMethod:
 
     name = ""
 
-    def load(self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype) -> None:
+    def load(
+        self,
+        linear: Linear,
+        part: int,
+        value: Tensor | AffineTensor | ScaledTensor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         """Take the rows of one part, [parts[part], K], in whatever form the checkpoint has them."""
         raise NotImplementedError
 

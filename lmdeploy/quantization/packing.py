@@ -17,13 +17,29 @@ class AffineTensor:
     """w = q * scale + minimum, with one scale and one minimum per group of adjacent input channels.
 
     q: uint8 [..., N, K], one value each, below 2 ** bits. scales, mins: float32 [..., N, G], group_size = K / G.
-    bits: 4 or 8, the narrowest storage that holds q.
+    bits: 4 or 8, the narrowest storage that holds q. columns: the input channel [K] that each column of q belongs to,
+    where that is not its own number (GPTQ's act-order).
     """
 
     q: Tensor
     scales: Tensor
     mins: Tensor
     bits: int
+    columns: Tensor | None = None
+
+    @staticmethod
+    def from_zeros(q: Tensor, scales: Tensor, zeros: Tensor, bits: int, columns: Tensor | None = None) -> AffineTensor:
+        """w = (q - zero) * scale; zeros [..., N, G] of any dtype."""
+        scales = scales.float().contiguous()
+        return AffineTensor(q, scales, -zeros.float() * scales, bits, columns)
+
+    def integer_zeros(self) -> Tensor:
+        """The zeros of `from_zeros`, uint8 [..., N, G]. Raises ValueError where they are no integers below 2 ** bits."""
+        zeros = torch.where(self.scales == 0, torch.zeros(()), torch.round(-self.mins / self.scales))
+        fits = (zeros >= 0) & (zeros < 1 << self.bits)
+        if not (fits.all() and torch.allclose(zeros * self.scales, -self.mins, rtol=1e-5, atol=0.0)):
+            raise ValueError("minima that are no multiples of their scale have no integer zeros")
+        return zeros.to(torch.uint8)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,17 +82,22 @@ class AffineTensor:
     @staticmethod
     def stack(parts: Sequence[AffineTensor]) -> AffineTensor:
         """The rows of all parts, with the widest bits and the finest groups among them; no value changes."""
+        columns = parts[0].columns
+        if not all(same_columns(part, parts[0]) for part in parts):
+            raise ValueError("parts whose columns are in different orders cannot be stacked")
         bits = max(part.bits for part in parts)
         group_size = math.gcd(*(part.group_size for part in parts))
         alike = [part.to_bits(bits).to_group(group_size) for part in parts]
         if len(alike) == 1:
             return alike[0]
         q, scales, mins = (torch.cat(ts) for ts in zip(*((p.q, p.scales, p.mins) for p in alike), strict=True))
-        return AffineTensor(q, scales, mins, bits)
+        return AffineTensor(q, scales, mins, bits, columns)
 
     def to(self, device: torch.device) -> AffineTensor:
         """The tensor on another device."""
-        return replace(self, q=self.q.to(device), scales=self.scales.to(device), mins=self.mins.to(device))
+        columns = None if self.columns is None else self.columns.to(device)
+        q, scales, mins = (t.to(device) for t in (self.q, self.scales, self.mins))
+        return replace(self, q=q, scales=scales, mins=mins, columns=columns)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, computed in float32 and rounded to dtype once."""
@@ -93,4 +114,15 @@ class AffineTensor:
             rows = slice(start, start + step)
             wide = flat.q[rows].float().unflatten(-1, (-1, self.group_size))
             wide.mul_(flat.scales[rows, :, None]).add_(flat.mins[rows, :, None])
-            target[rows] = wide.flatten(-2)
+            values = wide.flatten(-2)
+            if self.columns is None:
+                target[rows] = values
+            else:
+                target[rows] = torch.empty_like(values).index_copy_(1, self.columns, values)
+
+
+def same_columns(a: AffineTensor, b: AffineTensor) -> bool:
+    """Whether the columns of both belong to the same input channels."""
+    if a.columns is None or b.columns is None:
+        return a.columns is b.columns
+    return torch.equal(a.columns, b.columns)

@@ -1,4 +1,4 @@
-"""Weights kept as plain matrices in the compute dtype. It knows no checkpoint format but the affine one, which it undoes."""
+"""Weights kept as plain matrices in the compute dtype. It knows no checkpoint format; it undoes affine and scaled parts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
     from lmdeploy.layers.norm import Norm
     from lmdeploy.quantization.packing import AffineTensor
+    from lmdeploy.quantization.scaled import ScaledTensor
 
 
 class UnquantizedMethod(LinearMethod):
@@ -26,7 +27,12 @@ class UnquantizedMethod(LinearMethod):
         self._has_cpu_kernel = False
 
     def load(
-        self, linear: Linear, part: int, value: Tensor | AffineTensor, device: torch.device, dtype: torch.dtype
+        self,
+        linear: Linear,
+        part: int,
+        value: Tensor | AffineTensor | ScaledTensor,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """Write the part into its rows of the one tensor that there is."""
         if not hasattr(linear, "weight"):

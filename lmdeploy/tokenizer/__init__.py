@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmdeploy.detokenizer import IncrementalDetokenizer, StopChecker
+from lmdeploy.detokenizer import IncrementalDetokenizer
 from lmdeploy.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["IncrementalDetokenizer", "StopChecker", "Tokenizer"]
+__all__ = ["IncrementalDetokenizer", "Tokenizer"]

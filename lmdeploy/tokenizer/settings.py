@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,6 @@ from lmdeploy.errors import CheckpointError
 from lmdeploy.tokenizer.vocabulary import AddedToken
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-# ChatGLM2 and 3 number these after the pieces of their SentencePiece model; their files do not list them.
-_CHATGLM_MARKS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-_CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 # Slow classes of transformers whose `legacy` flag decides where the leading space goes.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
@@ -66,20 +63,6 @@ def read_settings(folder: Path) -> TokenizerSettings:
     if settings.tokenizer_class in _LLAMA_CLASSES and tokenizer_config.get("legacy") is False:
         settings.space_before = "first"
     return settings
-
-
-def chatglm_tokens(folder: Path, pieces: int, added: Sequence[AddedToken]) -> list[AddedToken]:
-    """ChatGLM2's and 3's special tokens, after so many pieces.
-
-    The two models' configs and vocabularies are the same. ChatGLM3, the one with roles, is told by its added tokens, or by
-    its own tokenizer code, which is read as text and never run.
-    """
-    code = folder / "tokenization_chatglm.py"
-    has_roles = any(token.text in _CHATGLM_ROLES for token in added)
-    if not has_roles and code.is_file():
-        has_roles = _CHATGLM_ROLES[-1] in code.read_text(encoding="utf-8", errors="replace")
-    names = _CHATGLM_MARKS + (_CHATGLM_ROLES if has_roles else ())
-    return [AddedToken(pieces + i, text) for i, text in enumerate(names)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.tokenizer.settings import TokenizerSettings, chatglm_tokens, read_settings
+from lmdeploy.tokenizer.settings import TokenizerSettings, read_settings
 from lmdeploy.tokenizer.vocabulary import Vocabulary
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -172,26 +172,6 @@ def _load_file(file: Path, settings: TokenizerSettings) -> Vocabulary:
         from lmdeploy.tokenizer.huggingface import HuggingFaceVocabulary
 
         return HuggingFaceVocabulary.from_file(file, settings.added_tokens)
-    from lmdeploy.tokenizer import tiktoken_file
+    from lmdeploy.tokenizer.older_files import load_older_file
 
-    if file.suffix == ".tiktoken" or tiktoken_file.is_tiktoken_file(file):
-        vocabulary = tiktoken_file.TiktokenVocabulary(file, settings.config, settings.added_tokens)
-        for name, text in (("bos_token", vocabulary.family.bos), ("eos_token", vocabulary.family.eos)):
-            if text and name not in settings.named_tokens:
-                settings.named_tokens[name] = text
-        return vocabulary
-    return _load_sentencepiece(file, settings)
-
-
-def _load_sentencepiece(file: Path, settings: TokenizerSettings) -> Vocabulary:
-    from lmdeploy.tokenizer.sentencepiece_model import SentencePieceVocabulary
-
-    model = file.read_bytes()
-    vocabulary = SentencePieceVocabulary(model, settings.added_tokens, settings.space_before)
-    if settings.config.get("model_type") == "chatglm" or settings.tokenizer_class == "ChatGLMTokenizer":
-        marks = chatglm_tokens(file.parent, vocabulary.piece_count, settings.added_tokens)
-        vocabulary = SentencePieceVocabulary(model, [*settings.added_tokens, *marks], settings.space_before)
-        vocabulary.prefix_ids = (vocabulary.piece_count + 1, vocabulary.piece_count + 3)  # [gMASK], sop
-    for name, text in vocabulary.named_tokens.items():
-        settings.named_tokens.setdefault(name, text)
-    return vocabulary
+    return load_older_file(file, settings)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lmdeploy.chat_template import CHAT_TEMPLATES, choose_chat_template
-from lmdeploy.chat_template.choose import _BY_ARCHITECTURE, _BY_MODEL_TYPE, _INTERNVL
+from lmdeploy.chat_template.guess import _INTERNVL, _MODELS
 from lmdeploy.chat_template.jinja import JinjaTemplate
 from lmdeploy.errors import ConfigError
 from lmdeploy.messages import ChatTemplateConfig
@@ -56,6 +56,7 @@ def test_the_models_own_template_comes_first(own: Tokenizer) -> None:
         ({"architectures": ["ChatGLMModel"], "model_type": "chatglm"}, (), "chatglm"),
         ({"architectures": ["ChatGLMModel"], "model_type": "chatglm"}, ("<|assistant|>",), "chatglm3"),
         ({"architectures": ["ChatGLMModel"], "model_type": "chatglm"}, ("<|assistant|>", "<sop>"), "glm4"),
+        ({"architectures": ["Glm4ForCausalLM"]}, (), "glm4"),
         ({"architectures": ["InternVLChatModel"], "template": "Hermes-2"}, (), "internvl-zh-hermes2"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, (), "llava-v1"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, ("<|im_start|>",), "llava-chatml"),
@@ -76,7 +77,7 @@ def test_architecture_and_vocabulary_name_a_template(
 
 
 def test_tables_name_templates_that_exist() -> None:
-    assert {*_BY_ARCHITECTURE.values(), *_BY_MODEL_TYPE.values(), *_INTERNVL.values()} <= set(CHAT_TEMPLATES)
+    assert {*_MODELS, *_INTERNVL.values()} <= set(CHAT_TEMPLATES)
 
 
 def test_model_type_of_the_tokenizer_where_there_is_no_config(tmp_path: Path) -> None:

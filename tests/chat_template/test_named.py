@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from lmdeploy.chat_template import CHAT_TEMPLATES, ChatTemplate, register_chat_template
+from lmdeploy.chat_template.base import RenderOptions
 from lmdeploy.chat_template.named import TEMPLATE_ALIASES, find_template, make_template
 from lmdeploy.chat_template.turns import TurnTemplate
 from lmdeploy.errors import ConfigError, InvalidParameter
@@ -237,7 +238,12 @@ def test_baichuan_prompts_are_ids(tokenizer: Tokenizer) -> None:
     expected = [*ids("s"), 195, *ids("q1"), 196, *ids("a1"), 195, *ids("q2"), 196]
     assert template.render_ids(WITH_SYSTEM, tokenizer) == expected
     started = [*QUESTION, {"role": "assistant", "content": "It is"}]
-    assert template.render_ids(started, tokenizer, continue_final_message=True) == [195, *ids("q1"), 196, *ids("It is")]
+    assert template.render_ids(started, tokenizer, RenderOptions(continue_final_message=True)) == [
+        195,
+        *ids("q1"),
+        196,
+        *ids("It is"),
+    ]
     assert make_template("baichuan2", user_token_id=5).render_ids(QUESTION, tokenizer)[0] == 5
 
 

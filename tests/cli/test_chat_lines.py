@@ -12,6 +12,7 @@ from lmdeploy.engine.config import EngineConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.messages import ChatTemplateConfig, PytorchEngineConfig, TurbomindEngineConfig
 from tests.cli.command_line import parse, parse_with_notices
+from tests.cli.fake_engine import FakeEngine
 
 LINES = {
     "lmdeploy chat MODELS/internlm2-chat-1_8b": ("MODELS/internlm2-chat-1_8b", {}, None),
@@ -169,3 +170,14 @@ def test_sampling() -> None:
     assert not config("lmdeploy chat --temperature 0", is_terminal=True).is_sampling
     given = config("lmdeploy chat --top-p 0.5 --top-k 3 --max-new-tokens 9 --seed 4", is_terminal=True)
     assert (given.top_p, given.top_k, given.max_new_tokens, given.random_seed) == (0.5, 3, 9, 4)
+
+
+def test_sampling_in_force_is_named() -> None:
+    def shown(line: str, is_terminal: bool) -> str:
+        return chat.describe_sampling(FakeEngine().effective_config(chat.generation_config(parse(line), is_terminal)))
+
+    assert shown("lmdeploy chat", is_terminal=False) == "greedy"
+    assert shown("lmdeploy chat", is_terminal=True).startswith("temperature 0.7, top_p 0.95")
+    assert shown("lmdeploy chat --temperature 0", is_terminal=True) == "greedy"
+    line = "lmdeploy chat --temperature 0.2 --top-k 5 --seed 1"
+    assert shown(line, is_terminal=False) == "temperature 0.2, top_p 0.95, top_k 5, seed 1"

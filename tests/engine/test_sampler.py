@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lmdeploy.engine.block_manager import root_hash
+from lmdeploy.engine.reports import top_logprobs
 from lmdeploy.engine.request import Request, SamplingParams
-from lmdeploy.engine.sampler import INVALID_TOKEN, Sampler, uniform
+from lmdeploy.engine.sampler import INVALID_TOKEN, Sampler, _keep_top_p, uniform
 from lmdeploy.engine.state import RequestState
 
 VOCAB = 12
@@ -31,7 +32,7 @@ def make_state(
 
 def sample(logits: torch.Tensor, *states: RequestState) -> list[int]:
     sampler = Sampler(VOCAB, torch.device("cpu"))
-    return sampler(logits.clone(), list(states)).tokens.tolist()
+    return sampler(logits.clone(), list(states)).tolist()
 
 
 def draw_many(logits: torch.Tensor, count: int = 400, **sampling: object) -> Counter[int]:
@@ -116,7 +117,7 @@ def test_penalties_count_tokens_that_the_host_has_not_seen(logits: torch.Tensor)
     state = make_state(presence_penalty=50.0)
     seen = []
     for _ in range(VOCAB):
-        seen.append(int(sampler(logits.clone(), [state]).tokens))
+        seen.append(int(sampler(logits.clone(), [state])))
         state.num_placeholders += 1
     assert sorted(seen) == list(range(VOCAB))
 
@@ -132,11 +133,9 @@ def test_biases_bad_words_and_minimum_length(logits: torch.Tensor) -> None:
 
 
 def test_logprobs_are_those_of_the_model(logits: torch.Tensor) -> None:
-    sampler = Sampler(VOCAB, torch.device("cpu"))
-    state = make_state(logprobs=3, bad_token_ids=(int(logits.argmax()),))
-    reported = sampler(logits.clone(), [state]).logprobs[0]
-    assert reported is not None
-    ids, values = reported
+    token = torch.tensor(sample(logits, make_state(bad_token_ids=(int(logits.argmax()),))))
+    ids, values = top_logprobs(logits[0], token[0], 3)
+    assert ids[0] == token
     expected = torch.log_softmax(logits[0], -1)
     assert torch.allclose(values, expected[ids])
     assert ids[1:].tolist() == expected.topk(3).indices.tolist()
@@ -146,3 +145,21 @@ def test_no_finite_logit_is_reported_and_neighbours_live(logits: torch.Tensor) -
     broken = torch.full((1, VOCAB), float("nan"))
     tokens = sample(torch.cat((broken, logits)), make_state("a"), make_state("b"))
     assert tokens == [INVALID_TOKEN, int(logits.argmax())]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_logit_is_enough(logits: torch.Tensor, temperature: float, bad: float) -> None:
+    broken = logits.clone()
+    broken[0, 4] = bad
+    assert sample(broken, make_state(temperature=temperature)) == [INVALID_TOKEN]
+
+
+def test_a_neighbours_top_p_cuts_no_tail() -> None:
+    """Float sums over a large vocabulary reach 1 before the end; a request without top_p keeps its last tokens."""
+    flat = torch.zeros(2, 200_000)
+    states = [make_state("a", temperature=1.0, top_p=0.5), make_state("b", temperature=1.0)]
+    probabilities = torch.softmax(flat, dim=-1)
+    kept = _keep_top_p(probabilities, torch.tensor([[state.request.sampling.top_p] for state in states]))
+    assert abs(int((kept[0] > 0).sum()) - 100_000) < 1000
+    assert torch.equal(kept[1], probabilities[1])

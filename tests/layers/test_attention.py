@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmdeploy.kernels.reference import attention
 from lmdeploy.kernels.spec import AttentionSpec
-from lmdeploy.layers.attention import alibi_slopes
+from lmdeploy.layers.alibi import alibi_slopes
 from lmdeploy.layers.context import ForwardContext, KVCache
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 8, 4, 16

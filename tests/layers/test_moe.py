@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmdeploy import kernels
-from lmdeploy.layers.moe import choose_experts
+from lmdeploy.layers.moe import Router, choose_experts
+from lmdeploy.models.loader import load_model
 from lmdeploy.models.moe_config import MoEConfig
+from tests.models.golden_data import make_checkpoint
 
 TOKENS, EXPERTS, HIDDEN, INNER = 5, 8, 12, 6
 
@@ -83,3 +88,22 @@ def test_routed_mlp_is_the_weighted_sum_of_experts(logits: Tensor, clamp: float 
                 hidden = gate * torch.sigmoid(1.702 * gate) * (up + 1)
             expected += weight * (down[expert] @ hidden + down_bias[expert])
         torch.testing.assert_close(out[token], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_keeps_its_float32_parameters_in_a_bfloat16_model(tmp_path: Path) -> None:
+    """Biases that differ by less than bfloat16 can tell decide between experts."""
+    file = make_checkpoint("deepseek_v3/base", tmp_path) / "model.safetensors"
+    stored = load_file(file)
+    biases = {
+        name: tensor.float() + 2**-12 for name, tensor in stored.items() if name.endswith("e_score_correction_bias")
+    }
+    save_file({**stored, **biases}, file)
+    model = load_model(tmp_path, dtype="bfloat16")
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    assert len(routers) == len(biases) > 0
+    assert model.dtype == torch.bfloat16
+    for router, bias in zip(routers, biases.values(), strict=True):
+        assert router.score_bias is not None
+        assert (router.weight.dtype, router.score_bias.dtype) == (torch.float32, torch.float32)
+        assert torch.equal(router.score_bias, bias)
+        assert not torch.equal(bias.bfloat16().float(), bias)

@@ -68,7 +68,9 @@ def test_every_layout_dtype_and_tying_loads_the_same_values(
     stored = read_weights(folder)
     write(folder, stored)
     model = load_model(folder, dtype="float32")
-    weights = {name: module.method.dense_weight(module) for name, module in model.named_modules() if hasattr(module, "method")}
+    weights = {
+        name: module.method.dense_weight(module) for name, module in model.named_modules() if hasattr(module, "method")
+    }
     assert (model.lm_head is None, "lm_head.weight" in stored) == (tied, not tied)
     qkv = torch.cat([stored[f"{QKV}.{x}_proj.weight"] for x in "qkv"])
     assert {str(t.dtype) for t in stored.values()} == {f"torch.{dtype}"}
@@ -103,20 +105,52 @@ def unlink(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (remove("model.norm.weight"), CheckpointError, r"1 parameters without a tensor \(norm.weight\); 0 tensors without"),
+        (
+            remove("model.norm.weight"),
+            CheckpointError,
+            r"1 parameters without a tensor \(norm.weight\); 0 tensors without",
+        ),
         (remove(f"{QKV}.k_proj.weight"), CheckpointError, r"\(layers.1.self_attn.qkv_proj.weight \(parts 1 of 3\)\)"),
         (remove("lm_head.weight"), CheckpointError, r"\(lm_head.weight\).*tie_word_embeddings"),
-        (put("model.layers.7.mlp.x.weight", 2), CheckpointError, r"1 tensors without .*\(model.layers.7.mlp.x.weight\)"),
-        (put(f"{QKV}.q_proj.bias", 64), CheckpointError, r"0 parameters .* 1 tensors without .*1.self_attn.q_proj.bias"),
-        (put(f"{QKV}.k_proj.weight", 32, 63), CheckpointError, r"k_proj.weight' .*part 1\).* \[32, 64\] and has \[32, 63\]"),
-        (put("model.norm.weight", 63), CheckpointError, r"'model.norm.weight' .* \[64\] and has \[63\].*different models"),
+        (
+            put("model.layers.7.mlp.x.weight", 2),
+            CheckpointError,
+            r"1 tensors without .*\(model.layers.7.mlp.x.weight\)",
+        ),
+        (
+            put(f"{QKV}.q_proj.bias", 64),
+            CheckpointError,
+            r"0 parameters .* 1 tensors without .*1.self_attn.q_proj.bias",
+        ),
+        (
+            put(f"{QKV}.k_proj.weight", 32, 63),
+            CheckpointError,
+            r"k_proj.weight' .*part 1\).* \[32, 64\] and has \[32, 63\]",
+        ),
+        (
+            put("model.norm.weight", 63),
+            CheckpointError,
+            r"'model.norm.weight' .* \[64\] and has \[63\].*different models",
+        ),
         (configure(intermediate_size=96), CheckpointError, r"should have shape .*96.* and has .*128"),
         (configure(num_hidden_layers=3), CheckpointError, r"9 parameters|parameters without a tensor \(layers.2"),
         (configure(num_hidden_layers=1), CheckpointError, r"tensors without a parameter \(model.layers.1"),
-        (unlink("model.safetensors"), CheckpointError, r"no model\*\.safetensors and no pytorch_model.*it has: config.json"),
+        (
+            unlink("model.safetensors"),
+            CheckpointError,
+            r"no model\*\.safetensors and no pytorch_model.*it has: config.json",
+        ),
         (unlink("config.json"), CheckpointError, r"has no config.json"),
-        (configure(rope_scaling={"type": "spiral", "factor": 2.0}), ConfigError, r"'spiral' is not supported; supported: def"),
-        (configure(rope_scaling={"rope_type": "yarn"}), ConfigError, r"'yarn' needs a positive number 'factor', not None"),
+        (
+            configure(rope_scaling={"type": "spiral", "factor": 2.0}),
+            ConfigError,
+            r"'spiral' is not supported; supported: def",
+        ),
+        (
+            configure(rope_scaling={"rope_type": "yarn"}),
+            ConfigError,
+            r"'yarn' needs a positive number 'factor', not None",
+        ),
         (configure(rope_scaling=[1]), ConfigError, r"rope_scaling must be a mapping or null, not \[1\]"),
         (configure(rope_theta="big"), ConfigError, r"'rope_theta' .*'big'"),
         (configure(rms_norm_eps="small"), ConfigError, r"'rms_norm_eps' .*'small'"),
@@ -125,8 +159,16 @@ def unlink(name: str) -> Callable[[Path], None]:
         (configure(num_attention_heads=0), ConfigError, r"'num_attention_heads' must be a positive integer, not 0"),
         (configure(num_key_value_heads="two"), ConfigError, r"'num_key_value_heads' .*'two'"),
         (configure(eos_token_id="</s>"), ConfigError, r"eos_token_id must be .*, not '</s>'"),
-        (configure(architectures=["LlamaForMath"]), ModelNotSupported, r"'LlamaForMath' is not supported.*`lmdeploy list`"),
-        (configure(architectures=[], model_type="llama5"), ModelNotSupported, r"'llama5' is not .*llama.*`lmdeploy list`"),
+        (
+            configure(architectures=["LlamaForMath"]),
+            ModelNotSupported,
+            r"'LlamaForMath' is not supported.*`lmdeploy list`",
+        ),
+        (
+            configure(architectures=[], model_type="llama5"),
+            ModelNotSupported,
+            r"'llama5' is not .*llama.*`lmdeploy list`",
+        ),
         (configure(quantization_config={"quant_method": "aqlm"}), ModelNotSupported, r"'aqlm'.* not supported yet"),
     ],
 )

@@ -12,7 +12,10 @@ from lmdeploy.kernels.reference.basic import rms_norm
 from lmdeploy.kernels.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from lmdeploy.kernels.reference.quantized_cache import QuantizedBlocks
     from lmdeploy.layers.context import ForwardContext
+
+    Blocks = Tensor | QuantizedBlocks
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -32,20 +35,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
-def store_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(k: Tensor, v: Tensor, keys: Blocks, values: Blocks, slot_mapping: Tensor) -> None:
     """Write k, v: [T, Hkv, D] into the blocks keys, values: [NB, Hkv, S, D] at slot = block * S + offset."""
-    block_size = keys.shape[2]
-    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    keys[blocks, :, offsets] = k.to(keys.dtype)
-    values[blocks, :, offsets] = v.to(values.dtype)
+    for x, cache in ((k, keys), (v, values)):
+        if isinstance(cache, Tensor):
+            _write(x, cache, slot_mapping)
+        else:
+            for part, target in zip(cache.encode(x), cache.parts, strict=True):
+                _write(part, target, slot_mapping)
+
+
+def _write(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    block_size = cache.shape[2]
+    cache[slot_mapping // block_size, :, slot_mapping % block_size] = x.to(cache.dtype)
 
 
 def rope_store_attend(
     qkv: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
+    keys: Blocks,
+    values: Blocks,
     ctx: ForwardContext,
     spec: AttentionSpec,
 ) -> Tensor:
@@ -59,7 +69,7 @@ def rope_store_attend(
 
 
 def store_rotate_attend(
-    qkv: Tensor, frequencies: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext, spec: AttentionSpec
+    qkv: Tensor, frequencies: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext, spec: AttentionSpec
 ) -> Tensor:
     """rope_store_attend for a cache of unrotated keys, each query turning all its keys with its own frequencies.
 
@@ -70,13 +80,13 @@ def store_rotate_attend(
     angles = ctx.positions.float()[:, None] * frequencies
     q = _grow(apply_rope(q, angles.cos(), angles.sin(), spec.interleaved), ctx, spec)
     if ctx.is_decode:
-        k, v = (_gather(cache, ctx.block_tables, max(ctx.context_lens_host)) for cache in (keys, values))
+        k, v = (_read(cache, ctx.block_tables, max(ctx.context_lens_host)) for cache in (keys, values))
         k = _rotate_keys(k, frequencies, spec)
         return _attend(q[:, None], k, v, ctx.positions[:, None], spec)[:, 0].flatten(1)
     out = q.new_empty(*q.shape[:2], spec.value_dim)
     for row, start, end in ctx.once("equal_frequencies", lambda: _equal_runs(frequencies, ctx)):
         context_len = ctx.context_lens_host[row]
-        k, v = (_gather(cache, ctx.block_tables[row : row + 1], context_len) for cache in (keys, values))
+        k, v = (_read(cache, ctx.block_tables[row : row + 1], context_len) for cache in (keys, values))
         k = _rotate_keys(k, frequencies[start : start + 1], spec)
         out[start:end] = _attend(q[None, start:end], k, v, ctx.positions[None, start:end], spec)[0]
     return out.flatten(1)
@@ -149,13 +159,20 @@ def _equal_runs(frequencies: Tensor, ctx: ForwardContext) -> list[tuple[int, int
     return runs
 
 
-def paged_attention(q: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext, spec: AttentionSpec) -> Tensor:
+def paged_attention(q: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext, spec: AttentionSpec) -> Tensor:
     """Causal attention of each request's new tokens over its blocks.
 
     q: [T, H, D]; keys, values: [NB, Hkv, S, D]; ctx.block_tables: [B, max_blocks] int32, padded with 0.
     Returns [T, H, Dv] in q's dtype; softmax in float32. Reads the K/V that store_kv wrote in this step.
     Source: PagedAttention, https://arxiv.org/abs/2309.06180
     """
+    if isinstance(keys, Tensor) or isinstance(values, Tensor):
+        return _attend_blocks(q, keys, values, ctx, spec)
+    # Queries go to the keys' stored basis, and the weighted sum of values comes back from theirs: no key or value has to.
+    return values.rotate(_attend_blocks(keys.rotate(q), keys, values, ctx, spec)).to(q.dtype)
+
+
+def _attend_blocks(q: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext, spec: AttentionSpec) -> Tensor:
     if ctx.is_decode:
         k, v = (_gather(cache, ctx.block_tables, max(ctx.context_lens_host)) for cache in (keys, values))
         return _attend(q[:, None], k, v, ctx.positions[:, None], spec)[:, 0]
@@ -170,11 +187,22 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext
     return out
 
 
-def _gather(cache: Tensor, block_tables: Tensor, length: int) -> Tensor:
-    """The first `length` cached tokens of each request: [NB, Hkv, S, D], [B, max_blocks] -> [B, Hkv, length, D]."""
+def _gather(cache: Blocks, block_tables: Tensor, length: int) -> Tensor:
+    """The first `length` cached tokens of each request: [NB, Hkv, S, D], [B, max_blocks] -> [B, Hkv, length, D].
+
+    Quantized ones come in float32 and in the basis in which they are stored.
+    """
+    if not isinstance(cache, Tensor):
+        return cache.decode(*(_gather(part, block_tables, length) for part in cache.parts))
     num_blocks = -(-length // cache.shape[2])
     blocks = cache[block_tables[:, :num_blocks].long()]
     return blocks.transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _read(cache: Blocks, block_tables: Tensor, length: int) -> Tensor:
+    """_gather, in the basis of the model."""
+    gathered = _gather(cache, block_tables, length)
+    return gathered if isinstance(cache, Tensor) else cache.rotate(gathered)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, spec: AttentionSpec) -> Tensor:
@@ -182,7 +210,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, spec: AttentionS
     batch, count, heads, dim = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
     grouped = q.view(batch, count, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
-    scores = (grouped @ k.transpose(-1, -2)).float().view(batch, kv_heads, group, count, -1) * spec.scale
+    scores = (grouped.to(k.dtype) @ k.transpose(-1, -2)).float().view(batch, kv_heads, group, count, -1) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     key_positions = torch.arange(k.shape[2], device=q.device)
@@ -193,6 +221,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, spec: AttentionS
         hidden |= key_positions <= positions[..., None] - spec.window
     scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
     probabilities = _softmax(scores, spec.sinks)
+    v = v.masked_fill(hidden.all(dim=1)[:, None, :, None], 0.0)  # what nobody wrote may be NaN, and 0 * NaN is NaN
     out = probabilities.to(v.dtype).view(batch, kv_heads, group * count, -1) @ v
     out = out.view(batch, kv_heads, group, count, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, count, heads, -1).to(q.dtype)

@@ -1,0 +1,121 @@
+"""How the weights of one layer are scaled and rounded under each of the three searches. It runs no layer.
+
+none: LMDeploy's default, a fixed exponent and plain rounding. awq: scales by grid search, then clipping, as in AWQ.
+best: scales judged together with clipping, also for the output projection of shared heads; then GPTQ on the scaled weights,
+towards what the original layer gives on the original inputs; of all candidates the one that errs least on held-out text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmdeploy.errors import CheckpointError
+from lmdeploy.lite.gptq import damped, gptq_round
+from lmdeploy.lite.grids import Grid, GridSpec, clipped_grid, plain_grid
+from lmdeploy.lite.moments import Key, Moments
+from lmdeploy.lite.scaling import ScaleGroup, Unit, fixed_scale, output_error, searched_scale
+
+SEARCHES = ("none", "awq", "best")
+_COMPENSATIONS = (0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One unit's result. error: of the output, relative to the output; candidate: what it was made by."""
+
+    grid: Grid
+    codes: Tensor
+    error: float
+    candidate: str
+
+
+@dataclass
+class Statistics:
+    """Moments of the tokens that weights are fitted to, and of those that candidates are judged by."""
+
+    fitted: dict[Key, Moments]
+    held_out: dict[Key, Moments]
+
+    def of(self, unit: Unit) -> tuple[Moments, Moments]:
+        """Both moments of a unit; no sums at all for an expert that no token was sent to."""
+        empty = Moments.empty(unit.linear.in_features, unit.weight.device)
+        fitted = self.fitted.setdefault(unit.key, empty)
+        return fitted, self.held_out.get(unit.key, fitted)
+
+    def divided(self, unit: Unit, columns: Tensor) -> None:
+        """The unit's input has been divided by columns [K]."""
+        for moments in (self.fitted, self.held_out):
+            if unit.key in moments:
+                moments[unit.key] = moments[unit.key].divided(columns)
+
+
+def scale_groups(groups: list[ScaleGroup], statistics: Statistics, spec: GridSpec, search: str) -> None:
+    """Find and fold the scales of all groups."""
+    for group in groups:
+        for unit in group.units:
+            statistics.of(unit)
+        moments = statistics.fitted
+        if search == "none":
+            scale = fixed_scale(group, moments, spec)
+        elif search == "awq" and group.repeats is not None:
+            scale = None
+        else:
+            is_best = search == "best"
+            scale = searched_scale(group, moments, spec, with_weights=is_best, clip=is_best)
+        if scale is not None:
+            group.fold(scale)
+            for unit in group.units:
+                statistics.divided(unit, group.spread(scale))
+
+
+def round_unit(unit: Unit, statistics: Statistics, spec: GridSpec, search: str, *, clips: bool) -> Rounded:
+    """Round one unit's weight. clips: whether the awq search may clip it (queries and keys it leaves)."""
+    weight, (fitted, held_out) = unit.weight, statistics.of(unit)
+    candidates: dict[str, tuple[Grid, Tensor]] = {}
+    importance = fitted.mean_square
+    if search == "none" or not clips:
+        grid = plain_grid(weight, spec)
+        candidates["rtn"] = grid, grid.round(weight)
+    else:
+        grid = clipped_grid(weight, importance, spec)
+        candidates["clip"] = grid, grid.round(weight)
+    if search == "best":
+        candidates["gptq"] = grid, gptq_round(weight, fitted.square, grid)
+        for share in _COMPENSATIONS if fitted.drift is not None else ():
+            target = weight + share * compensation(weight, fitted)
+            grid = clipped_grid(target, importance, spec)
+            candidates[f"gptq+{share:g}"] = grid, gptq_round(target, fitted.square, grid)
+    drift = _drift(weight, held_out)
+    errors = {name: _judged(grid.values(codes) - weight, held_out, drift) for name, (grid, codes) in candidates.items()}
+    best = min(errors, key=errors.__getitem__)
+    relative = errors[best] / max(output_error(weight, held_out.square), 1e-30)
+    if not math.isfinite(relative):
+        raise CheckpointError(f"{unit.path}: rounding gives no number; the weights or the calibration text are broken")
+    return Rounded(*candidates[best], relative, best)
+
+
+def compensation(weight: Tensor, moments: Moments) -> Tensor:
+    """The change of the weight [N, K] that best makes up for what the inputs and residuals have drifted."""
+    drift = _drift(weight, moments)
+    if drift is None:
+        return torch.zeros_like(weight)
+    factor = torch.linalg.cholesky(damped(moments.square))
+    return torch.cholesky_solve(drift.t(), factor).t()
+
+
+def _drift(weight: Tensor, moments: Moments) -> Tensor | None:
+    """Sum over tokens of the output's drift times the input, [N, K]."""
+    if moments.drift is None:
+        return None
+    drift = weight @ moments.drift
+    return drift if moments.residual is None else drift + moments.residual
+
+
+def _judged(difference: Tensor, moments: Moments, drift: Tensor | None) -> float:
+    """Squared distance to the original output, less what no candidate can change, from a weight's difference [N, K]."""
+    error = output_error(difference, moments.square)
+    return error if drift is None else error - 2 * (difference * drift).sum().item()

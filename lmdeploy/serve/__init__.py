@@ -1,0 +1,1 @@
+"""HTTP over the asynchronous engine: the extra `serve`. Nothing below it imports it."""

@@ -1,0 +1,121 @@
+"""From the package's exceptions to HTTP: status, code and a text that is fit for strangers. It knows no endpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from lmdeploy.errors import EngineDead, LMDeployError, PromptTooLong, RequestError
+
+_INVALID_REQUEST = "invalid_request_error"
+_MAX_MESSAGE_CHARS = 2000
+_MAX_FINDINGS = 5
+
+
+class UnknownModel(RequestError):
+    """The request names a model that is not served here."""
+
+
+class Overloaded(LMDeployError):
+    """The bounded queue has no room for the request now."""
+
+
+class Draining(LMDeployError):
+    """The server finishes what runs and takes nothing new."""
+
+
+class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it could be an error
+    """The client has closed its connection; whatever is answered, nobody reads it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as a client sees it. code: a word or the status. retry_after_s: for the Retry-After header."""
+
+    status: int
+    message: str
+    type: str
+    code: str | int
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's form under `error`, and LMDeploy's flat form beside it."""
+        flat = {"message": self.message[:_MAX_MESSAGE_CHARS], "type": self.type, "param": self.param, "code": self.code}
+        return {"object": "error", **flat, "error": flat}
+
+    def response(self) -> Response:
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            headers["WWW-Authenticate"] = "Bearer"
+        return json_response(self.body(), self.status, headers)
+
+
+def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """`content`, of dicts, lists, dataclasses and scalars, as JSON."""
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def problem_of(error: Exception) -> Problem:
+    """What a client hears of an error: its own mistakes in full, of the server's nothing but that there was one."""
+    if isinstance(error, UnknownModel):
+        return Problem(404, str(error), _INVALID_REQUEST, "model_not_found", "model")
+    if isinstance(error, PromptTooLong):
+        return Problem(400, str(error), _INVALID_REQUEST, "context_length_exceeded")
+    if isinstance(error, RequestError):
+        return Problem(400, str(error), _INVALID_REQUEST, 400)
+    if isinstance(error, Overloaded):
+        return Problem(429, str(error), "rate_limit_error", "queue_full", retry_after_s=1)
+    if isinstance(error, Draining):
+        return Problem(503, str(error), "service_unavailable", 503, retry_after_s=5)
+    if isinstance(error, EngineDead):
+        return Problem(503, "the engine has stopped; the server has to be restarted", "service_unavailable", 503)
+    return Problem(500, "the server failed on this request; its log says why", "internal_error", 500)
+
+
+def refusal(status: int, message: str, param: str | None = None) -> Problem:
+    """A request that is refused before it reaches the engine."""
+    return Problem(status, message, _INVALID_REQUEST, status, param)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception that a handler of this app raises."""
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        return problem_of(error).response()
+
+    async def on_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _validation_problem(error).response()
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        answer = refusal(error.status_code, str(error.detail)).response()
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def on_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    app.add_exception_handler(LMDeployError, on_error)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientGone, on_gone)
+    app.add_exception_handler(Exception, on_error)
+
+
+def _validation_problem(error: RequestValidationError) -> Problem:
+    """Where and what, never the value: that may be long, or secret."""
+    found = []
+    for item in error.errors()[:_MAX_FINDINGS]:
+        where = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "path"))
+        found.append((where, f"{where}: {item['msg']}" if where else str(item["msg"])))
+    param = found[0][0] or None if found else None
+    return refusal(400, "; ".join(text for _, text in found) or "the request is malformed", param)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server and LMDeploy's own endpoints beside it."""
