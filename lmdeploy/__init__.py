@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy.version import __version__
+
+# Read when torch is first imported: its OpenMP threads sleep while they wait. Spinning, they take the cores from the CPU
+# kernels' own threads, and on a busy machine loading a model took ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from lmdeploy.api import Pipeline, pipeline
