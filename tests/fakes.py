@@ -80,6 +80,8 @@ class FakeClient:
             running.deliver(RequestOutput(request_id, finish_reason="abort"))
 
     def stats(self) -> dict[str, float]:
+        if self._error is not None:
+            raise self._error
         return {"num_running": len(self._active), "num_waiting": 0}
 
     def close(self) -> None:

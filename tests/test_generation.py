@@ -109,3 +109,22 @@ def test_what_is_not_there_yet_is_refused_by_name(tokenizer: Tokenizer, name: st
 def test_words_have_to_be_a_list_of_strings(tokenizer: Tokenizer, name: str, words: object) -> None:
     with pytest.raises(InvalidParameter, match=name):
         params(tokenizer, GenerationConfig(**{name: words}))
+
+
+@pytest.mark.parametrize("value", [7, "7", {7: 1}])
+@pytest.mark.parametrize("name", ["stop_token_ids", "bad_token_ids"])
+def test_token_ids_have_to_be_a_list(tokenizer: Tokenizer, name: str, value: object) -> None:
+    with pytest.raises(InvalidParameter, match=name):
+        params(tokenizer, GenerationConfig(**{name: value}))
+
+
+def test_a_bias_has_to_be_a_dict(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidParameter, match="logit_bias"):
+        params(tokenizer, GenerationConfig(logit_bias=[1.0, 2.0]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["n", "max_new_tokens", "min_new_tokens", "top_k", "logprobs"])
+@pytest.mark.parametrize("value", [1.5, "1", True, -1, float("nan")])
+def test_a_count_has_to_be_a_whole_number(name: str, value: object) -> None:
+    with pytest.raises(InvalidParameter, match=name):
+        GenerationConfig(**{name: value})  # type: ignore[arg-type]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lmdeploy.models.config import ModelConfig
-
 # Well beyond any last-level cache, so that what is read comes from memory.
 _BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _REPEATS = 8
@@ -31,12 +29,6 @@ class DecodeFloor:
         """Upper bound for `batch_size` requests that decode together at a mean context of `context_tokens`."""
         step_bytes = self.weight_bytes + batch_size * context_tokens * self.kv_bytes_per_token
         return batch_size * self.bandwidth / step_bytes
-
-
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that the unquantized KV cache holds of one token, over all layers."""
-    planes, heads, dim = config.kv_shape
-    return config.num_layers * planes * heads * dim * dtype.itemsize
 
 
 def measure_read_bandwidth(device: torch.device) -> float:

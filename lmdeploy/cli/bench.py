@@ -119,8 +119,9 @@ def _measure(args: argparse.Namespace, client: ThreadClient, path: Path, config:
 
     from lmdeploy.bench.latency import measure_latency
     from lmdeploy.bench.process_memory import peak_rss_bytes
-    from lmdeploy.bench.roofline import DecodeFloor, kv_bytes_per_token, measure_read_bandwidth
+    from lmdeploy.bench.roofline import DecodeFloor, measure_read_bandwidth
     from lmdeploy.bench.throughput import measure_throughput
+    from lmdeploy.engine.memory import kv_bytes_per_token
     from lmdeploy.models.config import load_config
 
     sizes = (args.prompt_tokens, args.output_tokens, args.repeats)
@@ -132,7 +133,7 @@ def _measure(args: argparse.Namespace, client: ThreadClient, path: Path, config:
     floor = DecodeFloor(
         bandwidth=measure_read_bandwidth(torch.device(info.device)),
         weight_bytes=info.weight_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(load_config(path, config.hf_overrides), dtype),
+        kv_bytes_per_token=kv_bytes_per_token(load_config(path, config.hf_overrides), dtype, config.quant_policy),
     )
     context = args.prompt_tokens + args.output_tokens / 2
     single, batch = floor.tokens_per_s(1, context), floor.tokens_per_s(args.batch_size, context)

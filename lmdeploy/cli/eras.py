@@ -47,6 +47,15 @@ ERAS: dict[tuple[str, ...], Era] = {
             "--stream-output": "answers are always streamed",
         },
     ),
+    ("serve", "api_server"): Era(
+        renamed={"--instance-num": "--max-batch-size", "--cap": "--capability"},
+        positional=frozenset({"--model", "--model-path"}),
+        dropped={
+            "--restful-api": "this server has no other interface",
+            "--meta-instruction": "send it as a system message",
+            "--qos-config-path": "there are no service classes",
+        },
+    ),
 }
 
 

@@ -51,7 +51,9 @@ ENGINE_FLAGS: tuple[EngineFlag, ...] = (
     ),
     EngineFlag("cache_block_seq_len", "tokens of one KV block", metavar="TOKENS"),
     EngineFlag("enable_prefix_caching", "reuse the KV blocks of prompts that begin alike"),
-    EngineFlag("quant_policy", "KV cache: 0 or none, 8 or int8, 4 or int4, k8v4 (keys 8, values 4), 16 or fp8", metavar="POLICY"),
+    EngineFlag(
+        "quant_policy", "KV cache: none, 8 or int8, 4 or int4, k8v4 (keys 8, values 4), 16 or fp8", metavar="POLICY"
+    ),
     EngineFlag("max_prefill_token_num", "tokens computed in one step", metavar="TOKENS"),
     EngineFlag(
         "model_format",

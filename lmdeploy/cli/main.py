@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lmdeploy.cli import bench, chat, check_env, completion, eras
+from lmdeploy.cli import bench, chat, check_env, completion, eras, lite, serve
 from lmdeploy.cli import list as list_command
 from lmdeploy.cli.parser import Parser
 from lmdeploy.errors import LMDeployError
@@ -18,13 +18,15 @@ from lmdeploy.version import __version__
 
 COMMANDS = {
     "chat": chat,
+    "serve": serve,
     "list": list_command,
     "check_env": check_env,
     "bench": bench,
+    "lite": lite,
     "completion": completion,
 }
 _ALIASES = {"check-env": "check_env"}
-_NOT_YET = ("convert", "lite", "serve")
+_NOT_YET = ("convert",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

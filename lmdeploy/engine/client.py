@@ -29,7 +29,7 @@ class EngineClient(Protocol):
         """End a request; its last output says 'abort', unless it had ended already."""
 
     def stats(self) -> dict[str, float]:
-        """num_running, num_waiting, num_blocks, num_free_blocks, num_preemptions, heartbeat_age_s."""
+        """num_running, num_waiting, num_blocks, num_free_blocks, num_preemptions, heartbeat_age_s. May raise EngineDead."""
 
     def close(self) -> None:
         """Abort what runs and free the engine's memory. May be called again."""

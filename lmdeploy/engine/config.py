@@ -71,10 +71,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("session_len", "max_batch_size", "block_size", "max_prefill_token_num", "max_steps_in_flight"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name}={value!r}: give a whole number of at least 1")
         share = self.cache_max_entry_count
-        if share is not None and not (share >= 1 and share == int(share)) and not 0 < share < 1:
+        is_number = type(share) in (int, float)
+        if share is not None and not (is_number and (0 < share < 1 or (share >= 1 and share % 1 == 0))):
             raise ConfigError(
                 f"cache_max_entry_count={share!r}: give a share of the free memory between 0 and 1, "
                 "or a whole number of blocks"
@@ -84,7 +85,9 @@ class EngineConfig:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device={self.device!r}: this engine runs on cpu and cuda")
         if self.quant_policy == QuantPolicy.TURBO_QUANT:
-            raise ConfigError("quant_policy=42 (turbo_quant) is not supported; use 4 (int4), which is rotated here, or k8v4")
+            raise ConfigError(
+                "quant_policy=42 (turbo_quant) is not supported; use 4 (int4), which is rotated here, or k8v4"
+            )
 
     @classmethod
     def from_public(cls, config: PublicConfig | None = None, **overrides: Any) -> EngineConfig:

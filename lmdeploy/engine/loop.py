@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import queue
 import threading
@@ -35,6 +36,7 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="lmdeploy-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that came back from a kernel after the interpreter's end would abort it
 
     def add(self, request: Request) -> None:
         """Queue a request; if the engine refuses it, or is dead, that is published as its output."""
@@ -58,6 +60,7 @@ class EngineLoop:
 
     def close(self) -> None:
         """End all requests, stop the thread, free the engine's memory."""
+        atexit.unregister(self.close)
         self._commands.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -70,7 +73,6 @@ class EngineLoop:
             while self._drain(engine):
                 if engine.has_work:
                     self._deliver(engine.step())
-                self._stats = engine.stats()
             self._deliver(engine.close())
         except BaseException as cause:  # whatever ends this thread, its waiters must hear of it
             get_logger().exception("the engine has stopped")
@@ -81,6 +83,7 @@ class EngineLoop:
         """Obey the queued commands, waiting for one if there is nothing else to do; False to stop."""
         while True:
             has_work = engine.has_work
+            self._stats = engine.stats()
             self.heartbeat = time.monotonic() if has_work else math.inf  # an idle loop may wait as long as it likes
             try:
                 command = self._commands.get(timeout=0.0 if has_work else None)

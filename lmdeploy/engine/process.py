@@ -15,7 +15,7 @@ from lmdeploy.engine.client import Deliver, Deliveries
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.loop import EngineLoop
 from lmdeploy.engine.request import Request, RequestOutput
-from lmdeploy.engine.validation import EngineInfo, check_request
+from lmdeploy.engine.validation import check_request
 from lmdeploy.engine.wire import (
     Abort,
     Close,

@@ -70,10 +70,11 @@ class Scheduler:
         scheduled: list[Scheduled] = []
         budget = self.max_tokens_per_step
         # Decodes first: a long prompt must not hold them up. Only a decode can need new blocks (a prompt got all of its
-        # own at admission), so a preempted request is never one that this step has already scheduled.
+        # own at admission), so a preempted request is never one that this step has already scheduled. Without blocks a
+        # request has been preempted since the loop began.
         for state in sorted(self.running, key=lambda state: self._num_schedulable(state) > 1):
             num_tokens = min(self._num_schedulable(state), budget)
-            if num_tokens > 0 and state in self.running and self._grow(state, num_tokens):
+            if num_tokens > 0 and state.block_table and self._grow(state, num_tokens):
                 scheduled.append(self._commit(state, num_tokens))
                 budget -= num_tokens
         while budget and self.waiting and len(self.running) < self.max_batch_size:
@@ -183,7 +184,7 @@ class Scheduler:
 
     def _name_full_blocks(self, state: RequestState, num_tokens: int) -> None:
         """Make blocks whose num_tokens tokens are really in the cache findable."""
-        if not self.enable_prefix_caching or state not in self.running:
+        if not self.enable_prefix_caching or not state.block_table:
             return
         hashes = state.full_hashes(self.blocks.block_size)
         count = min(num_tokens // self.blocks.block_size, len(hashes))

@@ -11,6 +11,7 @@ from lmdeploy.quantization.packing import AffineTensor
 
 _TINY = 1e-7
 _SHRINKS = tuple(1 - 0.04 * step for step in range(13))
+_FEW_SHRINKS = (1.0, 0.9, 0.8, 0.7)
 _ELEMENTS_AT_A_TIME = 1 << 21
 
 
@@ -86,6 +87,13 @@ def clipped_grid(weight: Tensor, importance: Tensor, spec: GridSpec) -> Grid:
     step = max(1, _ELEMENTS_AT_A_TIME // weight.shape[1])
     parts = [_clip_rows(rows, importance, spec) for rows in weight.split(step)]
     return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]), spec)
+
+
+def roughly_clipped_grid(weight: Tensor, importance: Tensor, spec: GridSpec) -> Grid:
+    """As clipped_grid, with few tries and both ends shrunk alike: enough to compare scales by."""
+    low, high = group_range(weight, spec)
+    ranges = [(low * ratio, high * ratio) for ratio in _FEW_SHRINKS]
+    return Grid.between(*_best_range(weight, importance, spec, ranges), spec)
 
 
 def _clip_rows(weight: Tensor, importance: Tensor, spec: GridSpec) -> Grid:

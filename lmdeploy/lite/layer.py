@@ -99,7 +99,8 @@ def quantize_layer(
         round_parameters(layer, spec.scale_dtype)
         rounded = {unit.key: _round(unit, statistics, spec, search) for unit in units if convertible(unit.path)}
         _gather(rounded, result)
-    recorder.start(frozenset(), None)
+    for recording in (reference, recorder):
+        recording.start(frozenset(), None)
     move(run, original, layer, hidden, torch.cat(outputs))
     return result
 

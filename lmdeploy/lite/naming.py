@@ -70,6 +70,12 @@ def convertible_linears(origins: list[Origin], index: int, layer: nn.Module, gro
     return {path for path, fits in kinds.items() if fits}
 
 
+def linear_paths(origins: list[Origin], index: int, layer: nn.Module) -> set[str]:
+    """Paths of all linears of the layer."""
+    paths = {_path(origin, index)[0] for origin in origins}
+    return {path for path in paths if isinstance(layer.get_submodule(path), Linear)}
+
+
 def writable_modules(origins: list[Origin], index: int) -> set[str]:
     """Paths of modules all of whose tensors can be written back after their values changed."""
     paths = {_path(origin, index)[0] for origin in origins}

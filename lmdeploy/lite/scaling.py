@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lmdeploy.layers.linear import Linear
 from lmdeploy.layers.norm import LayerNorm, RMSNorm
-from lmdeploy.lite.grids import Grid, GridSpec, clipped_grid, plain_grid
+from lmdeploy.lite.grids import Grid, GridSpec, plain_grid, roughly_clipped_grid
 from lmdeploy.lite.moments import Key, Moments
 from lmdeploy.models.config import ModelConfig
 
 _SMALLEST = 1e-4
-_JUDGED_ROWS = 384
+_JUDGED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def searched_scale(
     candidates = [normalized(activation ** (step / 20)) for step in range(20)]
     if with_weights:
         candidates += [normalized(activation ** (step / 10) / share ** (1 - step / 10)) for step in range(1, 10)]
-    grid: Callable[[Tensor, Tensor, GridSpec], Grid] = clipped_grid if clip else _unclipped
+    grid: Callable[[Tensor, Tensor, GridSpec], Grid] = roughly_clipped_grid if clip else _unclipped
     sampled = [_some_rows(unit.weight) for unit in group.units]
     errors = [
         sum(

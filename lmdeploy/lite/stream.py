@@ -6,6 +6,7 @@ windows are carried from layer to layer by the caller.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,19 @@ class LayerStream:
         self._fill(f"layers.{index}.")
         return self.model.layers[index]
 
+    def fill_layer(self, layer: nn.Module, index: int, source: TensorSource) -> None:
+        """Give a loaded layer other values, from a source with the same names."""
+        prefix = f"layers.{index}."
+        slots = {prefix + name: slot for name, slot in find_slots(layer).items()}
+        for name in source.infos:
+            value = source.read(name)
+            for piece in self.plan[name]:
+                place(piece.value(value), name, piece, slots[piece.name], self.device, DTYPE)
+
+    def num_parameters(self) -> int:
+        """Numbers in all tensors of the checkpoint that the model uses."""
+        return sum(math.prod(self.source.infos[name].shape) for name in self.plan)
+
     def drop_layer(self, index: int) -> None:
         """Free the layer's weights."""
         self.model.layers[index] = nn.Identity()
@@ -139,7 +153,7 @@ class LayerStream:
 
 def named_source(path: Path, config: ModelConfig) -> TensorSource:
     """The tensors of a checkpoint under their Hugging Face names."""
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, config.quantization)
     if not path.is_file():
         return source
     from lmdeploy.models.gguf_weights import gguf_rules

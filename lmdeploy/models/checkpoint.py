@@ -1,6 +1,6 @@
 """Finds the weight files of a model and presents their content as logical tensors by name. It knows no model.
 
-Whatever the format, a tensor is dense or affine; whatever the layout, one tensor is in memory at a time and files are mapped.
+Whatever the format, a tensor is dense, affine or scaled; whatever the layout, one is in memory at a time; files are mapped.
 """
 
 from __future__ import annotations

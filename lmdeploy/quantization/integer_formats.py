@@ -17,15 +17,15 @@ from torch import Tensor
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.quantization.packing import AffineTensor
-from lmdeploy.quantization.words import AWQ_ORDER, unpack_words
+from lmdeploy.quantization.words import AWQ_ORDER, unpack_rows, unpack_words
 
 _USUAL_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def read_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int | None = None) -> AffineTensor:
     """The weight [N, K] of AWQ's gemm layout. group_size: what the config says, for groups that do not divide K."""
-    q = unpack_words(qweight, 4, AWQ_ORDER).T.contiguous()
-    return assemble(q, scales.T, unpack_words(qzeros, 4, AWQ_ORDER).T, 4, group_size=group_size)
+    q, zeros = (unpack_rows(words.T, 4, AWQ_ORDER) for words in (qweight, qzeros))
+    return assemble(q, scales.T, zeros, 4, group_size=group_size)
 
 
 def read_gptq(
@@ -45,8 +45,8 @@ def read_gptq(
     bits = gptq_bits(tuple(qzeros.shape), tuple(scales.shape))
     if not has_v2_zeros:
         qzeros = qzeros + sum(1 << place for place in range(0, 32, bits))
-    q = unpack_words(qweight.T.contiguous(), bits)
-    return assemble(q, scales.T, unpack_words(qzeros, bits).T, bits, group_size=group_size, groups=groups)
+    q, zeros = unpack_words(qweight.T, bits), unpack_rows(qzeros.T, bits)
+    return assemble(q, scales.T, zeros, bits, group_size=group_size, groups=groups)
 
 
 def read_compressed(
@@ -67,7 +67,7 @@ def read_compressed(
     elif zero_point.dtype == torch.int8:
         zeros = (zero_point.int() + (1 << (bits - 1))).to(torch.uint8)
     else:
-        zeros = unpack_words(zero_point.T.contiguous(), bits).T[:rows]
+        zeros = unpack_rows(zero_point, bits)[:rows]
     q = unpack_words(packed, bits)[:, :columns].contiguous()
     return assemble(q, scale, zeros, bits, group_size=group_size, groups=groups)
 

@@ -60,7 +60,7 @@ class LinearMethod:
         activation: str,
         clamp: float | None,
     ) -> Tensor:
-        """Sum of weights [T, k] times the gated MLPs of experts [T, k]; parts of gate_up: gate and up of each expert in turn."""
+        """Sum of weights [T, k] times the gated MLPs of experts [T, k]; parts of gate_up: gate and up, expert by expert."""
         from lmdeploy import kernels
 
         by_expert = (len(down.parts), -1)

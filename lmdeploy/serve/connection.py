@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -54,7 +54,8 @@ class EventStream(Response):
         self._frame, self._end = (b"data: %b\n\n", b"data: [DONE]\n\n") if is_sse else (b"%b\n", b"")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_connected(self._send_all(send), receive)
+        with suppress(ClientGone):
+            await while_connected(self._send_all(send), receive)
 
     async def _send_all(self, send: Send) -> None:
         encoder = msgspec.json.Encoder()

@@ -31,6 +31,10 @@ class Draining(LMDeployError):
     """The server finishes what runs and takes nothing new."""
 
 
+class AnswerFailed(LMDeployError):
+    """The engine failed on one answer, through no fault of the request."""
+
+
 class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it could be an error
     """The client has closed its connection; whatever is answered, nobody reads it."""
 

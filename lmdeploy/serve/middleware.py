@@ -66,7 +66,7 @@ class BodyLimits:
         except asyncio.TimeoutError:
             body = refusal(408, f"the body did not arrive within {self._timeout_s:g} seconds")
         if isinstance(body, bytes) and body:
-            body = _check_json(body) or body
+            body = _check_json(scope, body) or body
         if body is None:
             return
         if isinstance(body, Problem):
@@ -88,8 +88,11 @@ class BodyLimits:
                 return bytes(chunks)
 
 
-def _check_json(body: bytes) -> Problem | None:
+def _check_json(scope: Scope, body: bytes) -> Problem | None:
     """pydantic's reader refuses nesting beyond 200, NaN, and halves of surrogate pairs; the standard library's does not."""
+    kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+        return refusal(400, "unsupported media type: send JSON with the header `Content-Type: application/json`")
     try:
         from_json(body, allow_inf_nan=False, cache_strings=False)
     except ValueError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import sentencepiece
 
@@ -56,6 +57,9 @@ class SentencePieceVocabulary(Vocabulary):
         for token_id, is_control in enumerate(self._model.is_control(list(range(count)))):
             if is_control or token_id == self._model.unk_id():
                 yield AddedToken(token_id, pieces[token_id])
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.model").write_bytes(self._model.serialized_model_proto())
 
     def encode(self, text: str) -> list[int]:
         if self._cut is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Vocabulary(ABC):
     strips_first_space: bool = False
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        """Write the vocabulary into a folder, as the file that model folders keep it in; those out of GGUF files can."""
+        raise NotImplementedError
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -11,10 +11,12 @@ import torch
 
 from lmdeploy.bench.latency import measure_latency
 from lmdeploy.bench.process_memory import peak_rss_bytes
-from lmdeploy.bench.roofline import DecodeFloor, kv_bytes_per_token, measure_read_bandwidth
+from lmdeploy.bench.roofline import DecodeFloor, measure_read_bandwidth
 from lmdeploy.bench.throughput import measure_throughput, steady_rate
 from lmdeploy.bench.timeline import Timeline, run_requests
+from lmdeploy.engine.memory import kv_bytes_per_token
 from lmdeploy.errors import ConfigError, EngineDead, RequestError
+from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.config import ModelConfig
 from tests.bench.fake_client import FakeClient
 
@@ -97,6 +99,7 @@ def test_kv_bytes() -> None:
         }
     )
     assert kv_bytes_per_token(config, torch.bfloat16) == 3 * 2 * 2 * 16 * 2
+    assert kv_bytes_per_token(config, torch.bfloat16, QuantPolicy.INT4) == 3 * 2 * 2 * (8 + 4)
 
 
 def test_the_machine_itself() -> None:

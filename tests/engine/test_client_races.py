@@ -6,6 +6,8 @@ import os
 import queue
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -187,7 +189,9 @@ def test_a_process_killed_at_any_time_tells_every_waiter(tiny_llama: Path) -> No
         ends: Counter[str] = Counter()
         accepted: list[str] = []
 
-        def work(number: int, client: EngineClient = client, ends: Counter[str] = ends, names: list[str] = accepted) -> None:
+        def work(
+            number: int, client: EngineClient = client, ends: Counter[str] = ends, names: list[str] = accepted
+        ) -> None:
             def count(output: RequestOutput) -> None:
                 ends[output.request_id] += output.is_finished
 
@@ -207,3 +211,16 @@ def test_a_process_killed_at_any_time_tells_every_waiter(tiny_llama: Path) -> No
             thread.join(30)
         client.close()
         assert ends == Counter(accepted)
+
+
+def test_a_script_may_end_while_the_engine_works(tiny_llama: Path) -> None:
+    """The engine's thread ends before the interpreter does: one that came back from a kernel later would abort it."""
+    script = (
+        "import atexit, sys, threading\nfrom pathlib import Path\nfrom lmdeploy.engine.client import ThreadClient\n"
+        "from tests.engine.driver import greedy\nfrom tests.engine.test_client_races import CONFIG\n"
+        "atexit.register(lambda: print(threading.active_count()))\n"
+        "client = ThreadClient(Path(sys.argv[1]), CONFIG)\n"
+        "for number in range(8):\n    client.submit(greedy(str(number), [number] * 100, 100), lambda output: None)\n"
+    )
+    command = [sys.executable, "-c", script, str(tiny_llama)]
+    assert subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout == "1\n"

@@ -23,7 +23,7 @@ def plain(tiny_llama: Path) -> Engine:
     return make_engine(tiny_llama)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-in-flight", "two-in-flight"])
+@pytest.fixture(scope="module", params=[1, 2, 3], ids="{}-in-flight".format)
 def crowded(tiny_llama: Path, request: pytest.FixtureRequest) -> Engine:
     """Small chunks, few blocks, prefix caching."""
     return make_engine(
@@ -61,12 +61,14 @@ params = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 0.0, 0.8]),
         "top_k": st.sampled_from([0, 5]),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "presence_penalty": st.sampled_from([0.0, 0.7]),
+        "frequency_penalty": st.sampled_from([0.0, -0.2]),
         "seed": st.integers(0, 99),
     }
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(jobs=st.lists(st.tuples(prompt, params), min_size=1, max_size=12))
 def test_a_crowded_engine_answers_as_one_by_one(
     plain: Engine, crowded: Engine, jobs: list[tuple[list[int], dict[str, float]]]

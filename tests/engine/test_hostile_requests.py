@@ -109,9 +109,7 @@ def test_long_lists_cost_nothing_per_token(tmp_path: Path) -> None:
 
 def test_a_prompts_logprobs_come_once_and_whole(tiny_llama: Path) -> None:
     for steps_in_flight in (1, 2, 3):
-        engine = make_engine(
-            tiny_llama, max_prefill_token_num=8, max_batch_size=4, max_steps_in_flight=steps_in_flight
-        )
+        engine = make_engine(tiny_llama, max_prefill_token_num=8, max_batch_size=4, max_steps_in_flight=steps_in_flight)
         for length in (1, 2, 9, 17, 60):
             engine.add(greedy(str(length), list(range(length)), 5, prompt_logprobs=True))
             lengths = []

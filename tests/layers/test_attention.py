@@ -87,16 +87,28 @@ def heads_of(row: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
 
 def expected_row(qkv: Tensor, i: int, spec: AttentionSpec, frequencies: Tensor) -> Tensor:
     """Output [H * D] of the query at position i of one request; qkv: [n, (H + 2 Hkv) * D]."""
-    parts = [heads_of(row, spec) for row in qkv]
+    parts = [heads_of(row, spec) for row in qkv[: i + 1]]
+    q = rotated_query(qkv[i], i, spec, frequencies)
+    keys = [[rotate(k, j, frequencies, spec.interleaved) for k in part[1]] for j, part in enumerate(parts)]
+    return weighted_values(q, torch.stack([torch.stack(k) for k in keys]), torch.stack([p[2] for p in parts]), spec)
+
+
+def rotated_query(row: Tensor, i: int, spec: AttentionSpec, frequencies: Tensor) -> Tensor:
+    """[H, D] of the token at position i; row: [(H + 2 Hkv) * D]."""
     grow = max(1.0, math.log(i + 1) / math.log(spec.logn_length)) if spec.logn_length else 1.0
+    return torch.stack([rotate(q, i, frequencies, spec.interleaved) * grow for q in heads_of(row, spec)[0]])
+
+
+def weighted_values(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
+    """Output [H * D] of the query [H, D] at the last position; keys, values: [n, Hkv, D], all in float64."""
+    i = len(keys) - 1
     first = 0 if spec.window is None else max(0, i - spec.window + 1)
     outputs = []
     for head in range(HEADS):
         kv_head = head * KV_HEADS // HEADS
-        q = rotate(parts[i][0][head], i, frequencies, spec.interleaved) * grow
         scores = []
         for j in range(first, i + 1):
-            score = float(q @ rotate(parts[j][1][kv_head], j, frequencies, spec.interleaved)) * spec.scale
+            score = float(q[head] @ keys[j][kv_head]) * spec.scale
             if spec.softcap is not None:
                 score = spec.softcap * math.tanh(score / spec.softcap)
             if spec.alibi_slopes is not None and spec.alibi_unscaled:
@@ -107,8 +119,8 @@ def expected_row(qkv: Tensor, i: int, spec: AttentionSpec, frequencies: Tensor) 
         if spec.sinks is not None:
             scores.append(float(spec.sinks[head]))
         shares = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)[: i + 1 - first]
-        outputs.append(sum(p * parts[first + n][2][kv_head] for n, p in enumerate(shares)))
-    return torch.cat(outputs)  # type: ignore[arg-type]
+        outputs.append(shares @ values[first:, kv_head])
+    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("name", SPECS)

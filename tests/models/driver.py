@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lmdeploy.layers.context import ForwardContext, KVCache
+from lmdeploy.layers.quantized_cache import FORMATS, QuantizedKVCache
+from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.base import CausalLM
 
 BLOCK_SIZE = 16
@@ -26,10 +28,14 @@ class Sequence:
 class Driver:
     """A cache of num_blocks blocks and the steps over it."""
 
-    def __init__(self, model: CausalLM, num_blocks: int = 64) -> None:
+    def __init__(self, model: CausalLM, num_blocks: int = 64, policy: QuantPolicy = QuantPolicy.NONE) -> None:
         self.model = model
         planes, heads, dim = model.config.kv_shape
-        self.cache = KVCache(torch.full((num_blocks, model.config.num_layers, planes, heads, BLOCK_SIZE, dim), 7.0))
+        shape = (num_blocks, model.config.num_layers, planes, heads, BLOCK_SIZE, dim)
+        if policy == QuantPolicy.NONE:
+            self.cache = KVCache(torch.full(shape, 7.0))
+        else:
+            self.cache = QuantizedKVCache(shape, FORMATS[policy], lambda part, dtype: torch.full(part, 7, dtype=dtype))
         self.free = list(range(num_blocks))[::-1]  # never contiguous in the order of use
 
     def add(self, prompt: list[int]) -> Sequence:

@@ -1,0 +1,272 @@
+"""`lmdeploy serve`: an OpenAI-compatible server of one model. It knows no endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy.cli.chat import add_speculative_flags, refuse_speculative, tell, template_config
+from lmdeploy.cli.flags import add_engine_flags, add_model_argument, engine_settings, warn_remote_code
+from lmdeploy.cli.parser import Parser
+from lmdeploy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from lmdeploy.async_engine import AsyncEngine
+    from lmdeploy.serve.server import Tls
+    from lmdeploy.serve.settings import ServerSettings
+
+HELP = "serve a model over HTTP"
+DESCRIPTION = """Serve a model with the interface of OpenAI, and LMDeploy's own endpoints.
+
+The pages at `/` document every endpoint. The first Ctrl-C or SIGTERM takes no new requests and ends when the running ones
+have; the second ends at once.
+"""
+ENGINE_DEFAULTS: dict[str, Any] = {"enable_prefix_caching": True}
+DEFAULT_PORT = 23333
+_LOG_LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")
+
+
+@dataclass(frozen=True)
+class LaterFlag:
+    """A flag of LMDeploy that parses; a value other than the default is refused unless it could change no answer."""
+
+    name: str
+    default: Any = None
+    kind: type = str
+    is_harmless: bool = False
+
+    @property
+    def dest(self) -> str:
+        return self.name[2:].replace("-", "_")
+
+
+LATER_FLAGS = (
+    LaterFlag("--proxy-url"),
+    LaterFlag("--tool-call-parser"),
+    LaterFlag("--reasoning-parser"),
+    LaterFlag("--allow-terminate-by-client", False, bool),
+    LaterFlag("--enable-abort-handling", False, bool),
+    LaterFlag("--dp", 1, int),
+    LaterFlag("--ep", 1, int),
+    LaterFlag("--nnodes", 1, int),
+    LaterFlag("--node-rank", 0, int),
+    LaterFlag("--dist-init-addr"),
+    LaterFlag("--role", "Hybrid"),
+    LaterFlag("--distributed-executor-backend"),
+    LaterFlag("--enable-return-routed-experts", False, bool),
+    LaterFlag("--logprobs-mode", "raw_logprobs"),
+    LaterFlag("--dllm-unmasking-strategy", "low_confidence_dynamic"),
+    LaterFlag("--dllm-denoising-steps", None, int),
+    LaterFlag("--dllm-confidence-threshold", 0.85, float),
+    LaterFlag("--enable-microbatch", False, bool, is_harmless=True),
+    LaterFlag("--enable-eplb", False, bool, is_harmless=True),
+    LaterFlag("--migration-backend", "DLSlime", is_harmless=True),
+    LaterFlag("--kernel-block-size", -1, int, is_harmless=True),
+    LaterFlag("--num-tokens-per-iter", 0, int, is_harmless=True),
+    LaterFlag("--max-prefill-iters", 1, int, is_harmless=True),
+    LaterFlag("--vision-max-batch-size", 1, int, is_harmless=True),
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.description = DESCRIPTION
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    server = kinds.add_parser("api_server", help="a server with the interface of OpenAI", description=DESCRIPTION)
+    add_model_argument(server)
+    _add_server_flags(server)
+    _add_model_flags(server)
+    _add_access_flags(server)
+    add_engine_flags(server, ENGINE_DEFAULTS)
+    add_speculative_flags(server)
+    _add_later_flags(server)
+
+
+def _add_server_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--server-name", default="127.0.0.1", metavar="HOST", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)"
+    )
+    group.add_argument(
+        "--server-port", type=int, default=DEFAULT_PORT, metavar="PORT", help=f"0: a free one (default: {DEFAULT_PORT})"
+    )
+    group.add_argument(
+        "--max-concurrent-requests", type=_positive, metavar="N",
+        help="answers in work or waiting, beyond which a request gets 429 (default: 8 times max-batch-size)",
+    )  # fmt: skip
+    group.add_argument(
+        "--drain-timeout", type=float, default=60.0, metavar="S",
+        help="seconds that running answers get after a signal (default: 60)",
+    )  # fmt: skip
+    group.add_argument("--log-level", choices=_LOG_LEVELS, type=str.upper, help="(default: WARNING)")
+    group.add_argument("--max-log-len", type=int, metavar="N", help="characters of a prompt that the log shows")
+    group.add_argument("--disable-fastapi-docs", action="store_true", help="no pages at `/`")
+    group.add_argument("--disable-metrics", action="store_true", help="no /metrics")
+    group.add_argument("--ssl", action="store_true", help="HTTPS, with the files that SSL_KEYFILE and SSL_CERTFILE name")
+
+
+def _add_model_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: MODEL as given)")
+    group.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="a name (`lmdeploy list`), a JSON file of parts, or a Jinja file; the model's own by default",
+    )
+    group.add_argument(
+        "--capability", choices=("completion", "infilling", "chat", "python"), help="what the template does (default: chat)"
+    )
+    group.add_argument(
+        "--generation-config", default="auto", metavar="auto|lmdeploy|PATH",
+        help="sampling defaults: the model's generation_config.json, none of it, or another folder's (default: auto)",
+    )  # fmt: skip
+
+
+def _add_access_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("access")
+    group.add_argument(
+        "--api-keys", nargs="+", default=[], metavar="KEY", help="keys of which a request has to bear one; all paths but /health"
+    )
+    for name in ("origins", "methods", "headers"):
+        group.add_argument(
+            f"--allow-{name}", nargs="*", default=["*"], metavar="X", help=f"{name} of browsers' requests (default: *)"
+        )
+    group.add_argument("--allow-credentials", action="store_true", help="browsers may send cookies along")
+
+
+def _add_later_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("accepted", "for command lines written for LMDeploy; not supported, or without effect")
+    for flag in LATER_FLAGS:
+        if flag.kind is bool:
+            group.add_argument(flag.name, action="store_true", help=argparse.SUPPRESS)
+        else:
+            group.add_argument(flag.name, type=flag.kind, default=flag.default, help=argparse.SUPPRESS)
+    for name in ("--allowed-media-domains", "--cudagraph-capture-batch-sizes"):
+        group.add_argument(name, nargs="+", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    warn_remote_code(args, tell)
+    refuse_speculative(args)
+    _refuse_later(args)
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"the server needs the extra `serve` ({error}): pip install 'lmdeploy[serve]'") from error
+    from lmdeploy.serve.server import bind
+
+    sock = bind(args.server_name, args.server_port)
+    try:
+        engine = _open(args)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        return _serve(engine, args, sock)
+    finally:
+        engine.close()
+
+
+def _open(args: argparse.Namespace) -> AsyncEngine:
+    from lmdeploy.async_engine import open_engine
+    from lmdeploy.engine.config import EngineConfig
+    from lmdeploy.engine.process import ProcessClient
+    from lmdeploy.generation import CHAT_DEFAULTS, read_defaults
+    from lmdeploy.logging import get_logger
+
+    if args.log_level is not None:
+        get_logger().setLevel(args.log_level)
+    public, overrides = engine_settings(args, ENGINE_DEFAULTS)
+    engine = open_engine(
+        args.model,
+        EngineConfig.from_public(public, **overrides),
+        chat_template_config=template_config(args),
+        defaults=CHAT_DEFAULTS,
+        revision=public.revision,
+        download_dir=public.download_dir,
+        max_log_len=args.max_log_len,
+        start=ProcessClient,
+    )
+    if args.generation_config == "lmdeploy":
+        engine.generation_defaults = CHAT_DEFAULTS
+    elif args.generation_config != "auto":
+        engine.generation_defaults = read_defaults(_folder(args.generation_config), CHAT_DEFAULTS)
+    return engine
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path)
+    if not (folder / "generation_config.json").is_file():
+        raise ConfigError(f"--generation-config {path}: give auto, lmdeploy, or a folder that holds generation_config.json")
+    return folder
+
+
+def _serve(engine: AsyncEngine, args: argparse.Namespace, sock: socket) -> int:
+    from lmdeploy.serve.openai.app import create_app
+    from lmdeploy.serve.server import Server
+
+    info = engine.client.info
+    settings = _settings(args)
+    app = create_app(engine, settings)
+    log_level = {"WARN": "warning", "FATAL": "critical", "NOTSET": "debug"}.get(args.log_level, args.log_level or "warning")
+    server = Server(app, drain_timeout_s=args.drain_timeout, log_level=log_level.lower(), tls=_tls(args))
+    tell(f"{info.architecture}, {info.dtype} on {info.device}, loaded in {info.load_s:.1f} s")
+    width = max((len(name) for name, _ in info.memory_plan), default=0)
+    for name, value in info.memory_plan:
+        tell(f"  {name:<{width}}  {value}")
+    scheme = "https" if args.ssl else "http"
+    host = f"[{args.server_name}]" if ":" in args.server_name else args.server_name
+    tell(f"serving {settings.model_name} at {scheme}://{host}:{sock.getsockname()[1]}; Ctrl-C ends it")
+    return server.run_on(sock)
+
+
+def _settings(args: argparse.Namespace) -> ServerSettings:
+    from lmdeploy import hub
+    from lmdeploy.serve.settings import ServerSettings
+
+    is_builtin = hub.is_builtin(args.model)
+    return ServerSettings(
+        model_name=args.model_name or (hub.BUILTIN_NAME if is_builtin else args.model),
+        api_keys=tuple(args.api_keys),
+        max_concurrent_requests=args.max_concurrent_requests,
+        allow_origins=tuple(args.allow_origins),
+        allow_methods=tuple(args.allow_methods),
+        allow_headers=tuple(args.allow_headers),
+        allow_credentials=args.allow_credentials,
+        has_docs=not args.disable_fastapi_docs,
+        has_metrics=not args.disable_metrics,
+    )
+
+
+def _tls(args: argparse.Namespace) -> Tls | None:
+    from lmdeploy import env
+    from lmdeploy.serve.server import Tls
+
+    if not args.ssl:
+        return None
+    key_file, cert_file = env.tls_files()
+    for name, path in (("SSL_KEYFILE", key_file), ("SSL_CERTFILE", cert_file)):
+        if path is None or not Path(path).is_file():
+            raise ConfigError(f"--ssl needs the environment variable {name} to name a file; it is {path!r}")
+    return Tls(str(key_file), str(cert_file))
+
+
+def _refuse_later(args: argparse.Namespace) -> None:
+    for flag in LATER_FLAGS:
+        value = getattr(args, flag.dest)
+        if value != flag.default and not flag.is_harmless:
+            raise ConfigError(f"{flag.name} {value} is not supported yet; leave it out")
+    for flag in LATER_FLAGS:
+        if flag.is_harmless and getattr(args, flag.dest) != flag.default:
+            print(f"note: {flag.name} has no effect in this engine", file=sys.stderr)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,114 @@
+"""The memory plan: its arithmetic, its limits, and the published figures of InternLM2-1.8B."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.memory import MIB, MemoryPlan, activation_bytes, device_memory, plan_memory
+from lmdeploy.errors import ConfigError
+from lmdeploy.models.config import ModelConfig, load_config
+from tests.tiny_model import make_tiny_llama
+
+WEIGHTS = 3603 * MIB  # 1,889,110,016 parameters in 16 bit
+WEIGHTS_4BIT = 1481 * MIB  # linears of the layers in 4 bit with a scale and a zero per 128
+OVERHEAD = 918 * MIB  # driver and activations together, as the published figures have it
+
+
+@pytest.fixture(scope="module")
+def internlm2(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """The numbers that the plan needs of InternLM2-1.8B."""
+    folder = make_tiny_llama(tmp_path_factory.mktemp("m"))
+    config = load_config(folder, None)
+    return replace(
+        config, vocab_size=92544, hidden_size=2048, intermediate_size=8192, num_layers=24, num_heads=16,
+        num_kv_heads=8, head_dim=128,
+    )  # fmt: skip
+
+
+def plan(model: ModelConfig, share: float | None, weights: int, **changes: int) -> MemoryPlan:
+    numbers = {"max_batch_size": 1, "max_tokens_per_step": 8192, "session_len": 32768, **changes}
+    return plan_memory(
+        model,
+        EngineConfig(cache_max_entry_count=share),
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        weight_bytes=weights,
+        **numbers,
+    )
+
+
+def see(monkeypatch: pytest.MonkeyPatch, total: int, used: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - used, total))
+
+
+@pytest.mark.parametrize(
+    ("weights", "share", "published_mib"),
+    [(WEIGHTS, 0.8, 34056), (WEIGHTS, 0.5, 22984), (WEIGHTS, 0.01, 4872), (WEIGHTS_4BIT, 0.01, 2788)],
+)
+def test_the_published_figures(
+    internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch, weights: int, share: float, published_mib: int
+) -> None:
+    monkeypatch.setenv("LMDEPLOY_DEVICE_MEMORY", "40960MiB")
+    activations = activation_bytes(internlm2, torch.bfloat16, 8192, 1)
+    see(monkeypatch, 81559 * MIB, OVERHEAD - activations + weights)
+    made = plan(internlm2, share, weights)
+    used = OVERHEAD + weights + made.cache_bytes
+    assert made.block_bytes == 6 * MIB
+    assert made.total_bytes == 40960 * MIB
+    assert used / MIB == pytest.approx(published_mib, rel=0.02)
+
+
+def test_a_number_of_blocks_is_taken_as_it_is_and_cut_to_what_is_free(
+    internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, 8192 * MIB, WEIGHTS)
+    assert plan(internlm2, 100, WEIGHTS).num_blocks == 100
+    cut = plan(internlm2, 10_000, WEIGHTS)
+    assert cut.cache_bytes <= 8192 * MIB - WEIGHTS - cut.activation_bytes < cut.cache_bytes + cut.block_bytes
+    assert cut.session_len == min(cut.cache_tokens, 32768)
+
+
+@pytest.mark.parametrize("share", [0.8, 1, 500, None])
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch, share: float | None
+) -> None:
+    see(monkeypatch, 4000 * MIB, WEIGHTS)
+    with pytest.raises(ConfigError, match=r"397 MiB are free after 3,603 MiB of weights"):
+        plan(internlm2, share, WEIGHTS)
+
+
+def test_a_limit_below_what_is_used_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    see(monkeypatch, 1000, 600)
+    for text, seen in (("2000", (1000, 400)), ("700B", (700, 100)), ("500", (500, 0)), ("-1", (-1, 0))):
+        monkeypatch.setenv("LMDEPLOY_DEVICE_MEMORY", text)
+        if text == "-1":
+            with pytest.raises(ConfigError, match="LMDEPLOY_DEVICE_MEMORY"):
+                device_memory(torch.device("cuda"))
+        else:
+            assert device_memory(torch.device("cuda")) == seen
+
+
+@pytest.mark.parametrize("share", [float("inf"), float("nan"), "0.5", True, 0, 0.0, -1, 1.5])
+def test_a_share_that_is_none_is_refused(share: object) -> None:
+    with pytest.raises(ConfigError, match="cache_max_entry_count"):
+        EngineConfig(cache_max_entry_count=share)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["session_len", "max_batch_size", "block_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True])
+def test_a_size_that_is_none_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_plan_is_printed(tmp_path: Path, internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    see(monkeypatch, 81920 * MIB, WEIGHTS)
+    rows = dict(plan(internlm2, 1000, WEIGHTS).rows())
+    assert rows["weights"] == "3,603 MiB"
+    assert rows["KV blocks"] == "6,000 MiB = 1000 x 6.00 MiB"
+    assert rows["tokens that fit"] == "64,000"
