@@ -54,11 +54,13 @@ def context(batch: int, queries: int, past: int, dtype: torch.dtype, layers: int
     table = torch.randperm(batch * blocks).to(torch.int32).view(batch, blocks)
     positions = torch.arange(past, total)
     slots = table.long()[:, positions // BLOCK] * BLOCK + positions % BLOCK
-    data = torch.randn(batch * blocks, 1, 2, KV_HEADS, BLOCK, HEAD_DIM).to(dtype).expand(-1, layers, -1, -1, -1, -1)
+    data = torch.empty(batch * blocks, layers, 2, KV_HEADS, BLOCK, HEAD_DIM, dtype=dtype)
+    cpu.prefer_huge_pages(data)
+    data.normal_()
     lens = torch.full((batch,), total, dtype=torch.int32)
     starts = torch.arange(batch + 1, dtype=torch.int32) * queries
     return ForwardContext(
-        positions.repeat(batch), starts, lens, table, slots.flatten(), lens, KVCache(data.contiguous()),
+        positions.repeat(batch), starts, lens, table, slots.flatten(), lens, KVCache(data),
         [queries] * batch, [total] * batch,
     )  # fmt: skip
 

@@ -67,11 +67,6 @@ def package_index_url() -> str:
     return os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
 
 
-def keep_alive_s() -> int:
-    """UVICORN_TIMEOUT_KEEP_ALIVE: seconds that a server keeps an idle connection; 5 if unset."""
-    return int(os.environ.get("UVICORN_TIMEOUT_KEEP_ALIVE") or 5)
-
-
 def tls_files() -> tuple[str | None, str | None]:
     """SSL_KEYFILE and SSL_CERTFILE: what a server started with --ssl shows its clients."""
     return os.environ.get("SSL_KEYFILE"), os.environ.get("SSL_CERTFILE")

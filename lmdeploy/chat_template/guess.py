@@ -40,6 +40,11 @@ _INTERNVL = {
 _BY_TOKEN = (("<|start_header_id|>", "llama3"), ("<|im_start|>", "chatml"), ("<start_of_turn>", "gemma"))
 
 
+def template_of(architecture: str) -> str | None:
+    """The named template of an architecture; None where the vocabulary decides."""
+    return _TEMPLATES.get(architecture)
+
+
 def guess_template_name(hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
     """The named template of an architecture, told by config and vocabulary; None if nothing tells it."""
     architecture = str((hf_config.get("architectures") or [""])[0])

@@ -56,6 +56,7 @@ ERAS: dict[tuple[str, ...], Era] = {
             "--qos-config-path": "there are no service classes",
         },
     ),
+    ("lite", "auto_awq"): Era(positional=frozenset({"--model"})),
 }
 
 

@@ -37,17 +37,19 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> list[Table]:
     """Title, column names and rows of each table."""
     from lmdeploy.chat_template import CHAT_TEMPLATES
+    from lmdeploy.chat_template.guess import template_of
     from lmdeploy.chat_template.named import TEMPLATE_ALIASES
     from lmdeploy.models import ARCHITECTURES
     from lmdeploy.quantization import QUANTIZATION
 
     models = [
-        (name, home.split(":")[0]) for name, home in sorted(ARCHITECTURES.items(), key=lambda item: item[0].lower())
+        (name, home.split(":")[0], template_of(name) or "by vocabulary", "text only")
+        for name, home in sorted(ARCHITECTURES.items(), key=lambda item: item[0].lower())
     ]
     aliases = {name: sorted(alias for alias, of in TEMPLATE_ALIASES.items() if of == name) for name in CHAT_TEMPLATES}
     templates = [(name, ", ".join(aliases[name])) for name in sorted(CHAT_TEMPLATES)]
     return [
-        ("architectures", ("architecture", "file in lmdeploy/models"), models),
+        ("architectures", ("architecture", "family", "template if it has none of its own", "vision"), models),
         ("chat_templates", ("chat template", "also called"), templates),
         ("quantization", ("format of weights",), [(name,) for name in sorted(QUANTIZATION)]),
     ]
@@ -56,8 +58,9 @@ def collect() -> list[Table]:
 def as_text(table: Table) -> str:
     """A title and aligned rows."""
     title, _, rows = table
-    width = max((len(row[0]) for row in rows), default=0)
-    return "\n".join([f"{title}:", *("  " + "  ".join((row[0].ljust(width), *row[1:])).rstrip() for row in rows)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join([f"{title}:", *(f"  {line}".rstrip() for line in lines)])
 
 
 def _print_rich(tables: list[Table]) -> None:

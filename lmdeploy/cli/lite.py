@@ -15,7 +15,9 @@ _AWQ = """Quantize a 16-bit model to 4-bit weights in AWQ's format, layer by lay
 
 Without a data set at hand the model writes its own calibration text. An interrupted run goes on when it is started again.
 """
-_EVALUATE = "Compare the predictions of model B with those of model A on a text: perplexity, KL divergence, top-1 agreement."
+_EVALUATE = (
+    "Compare the predictions of model B with those of model A on a text: perplexity, KL divergence, top-1 agreement."
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,8 +37,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_awq(parser: Parser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder, .gguf file or hub id; left out: the built-in model")
-    parser.add_argument("--work-dir", default="./work_dir", metavar="FOLDER", help="where the result goes (default: %(default)s)")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder, .gguf file or hub id; left out: the built-in model"
+    )
+    parser.add_argument("--work-dir", default="./work_dir", metavar="FOLDER", help="result (default: %(default)s)")
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--calib-dataset",
@@ -53,7 +57,13 @@ def _add_awq(parser: Parser) -> None:
         group.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     group = parser.add_argument_group("weights")
     group.add_argument("--w-bits", type=int, default=4, metavar="4", help="bits of a weight (default: 4)")
-    group.add_argument("--w-group-size", type=int, default=128, metavar="N", help="weights that share a scale: 32, 64 or 128 (default: 128)")
+    group.add_argument(
+        "--w-group-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="weights with one scale: 32, 64, 128 (default: 128)",
+    )
     group.add_argument("--w-sym", action=argparse.BooleanOptionalAction, default=False, help="no zero points")
     group.add_argument(
         "--search",
@@ -67,7 +77,9 @@ def _add_awq(parser: Parser) -> None:
         metavar="BOOL",
         help="older spelling: true is --search awq, false --search none",
     )
-    group.add_argument("--dtype", choices=("auto", "float16", "bfloat16"), default="auto", help="of what stays in 16 bits")
+    group.add_argument(
+        "--dtype", choices=("auto", "float16", "bfloat16"), default="auto", help="of what stays in 16 bits"
+    )
     _add_common(parser)
     parser.add_argument("--no-samples", dest="samples", action="store_false", help="no sample answers in the report")
 
@@ -76,7 +88,9 @@ def _add_evaluate(parser: Parser) -> None:
     parser.add_argument("model", metavar="A", help="the original")
     parser.add_argument("other", metavar="B", help="the model to judge")
     parser.add_argument("--dataset", required=True, metavar="TEXT", help="as --calib-dataset of auto_awq")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="windows from the text's beginning (default: 4)")
+    parser.add_argument(
+        "--samples", type=int, default=4, metavar="N", help="windows from the text's beginning (default: 4)"
+    )
     parser.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens of a window (default: 2048)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     _add_common(parser)
@@ -97,7 +111,17 @@ def _run_awq(args: argparse.Namespace) -> int:
     from lmdeploy import hub
     from lmdeploy.lite.auto_awq import Settings, auto_awq
 
-    names = ("calib_dataset", "calib_samples", "calib_seqlen", "batch_size", "w_bits", "w_group_size", "w_sym", "dtype", "samples")
+    names = (
+        "calib_dataset",
+        "calib_samples",
+        "calib_seqlen",
+        "batch_size",
+        "w_bits",
+        "w_group_size",
+        "w_sym",
+        "dtype",
+        "samples",
+    )
     values = {name: getattr(args, name) for name in names}
     settings = Settings(work_dir=Path(args.work_dir), search=search, device=_device(args), **values)
     auto_awq(hub.resolve(args.model, revision=args.revision, download_dir=args.download_dir), settings, tell)
@@ -116,15 +140,17 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from lmdeploy.lite.stream import LayerStream
     from lmdeploy.tokenizer import Tokenizer
 
-    paths = [hub.resolve(m, revision=args.revision, download_dir=args.download_dir) for m in (args.model, args.other)]
+    first, second = (
+        hub.resolve(m, revision=args.revision, download_dir=args.download_dir) for m in (args.model, args.other)
+    )
     try:
-        windows = first_windows(read_texts(args.dataset), Tokenizer(paths[0]), args.samples, args.seqlen)
+        windows = first_windows(read_texts(args.dataset), Tokenizer(first), args.samples, args.seqlen)
     except NotAvailable as reason:
         raise ConfigError(f"--dataset {args.dataset}: {reason}; give a local file") from reason
-    stream = LayerStream(paths[0], torch.device("cpu"))
+    stream = LayerStream(first, torch.device("cpu"))
     with progress_bar("comparing", num_steps(stream.num_layers)) as advance:
-        comparison = compare_models(*paths, windows, torch.device(_device(args)), advance)
-    figures = quality(comparison, paths[1], stream.num_parameters(), "")
+        comparison = compare_models(first, second, windows, torch.device(_device(args)), advance)
+    figures = quality(comparison, second, stream.num_parameters(), "")
     del figures["calib"]
     print(json.dumps(figures) if args.json else format_quality(figures, comparison.num_scored))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ have; the second ends at once.
 """
 ENGINE_DEFAULTS: dict[str, Any] = {"enable_prefix_caching": True}
 DEFAULT_PORT = 23333
+_EXTRA = ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
 _LOG_LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")
 
 
@@ -43,6 +45,11 @@ class LaterFlag:
     @property
     def dest(self) -> str:
         return self.name[2:].replace("-", "_")
+
+    @property
+    def help(self) -> str:
+        known = "" if self.default in (None, False) else f" (default: {self.default})"
+        return ("accepted; changes nothing" if self.is_harmless else "not supported yet") + known
 
 
 LATER_FLAGS = (
@@ -89,7 +96,10 @@ def add_arguments(parser: Parser) -> None:
 def _add_server_flags(parser: Parser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument(
-        "--server-name", default="127.0.0.1", metavar="HOST", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)"
+        "--server-name",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)",
     )
     group.add_argument(
         "--server-port", type=int, default=DEFAULT_PORT, metavar="PORT", help=f"0: a free one (default: {DEFAULT_PORT})"
@@ -106,7 +116,9 @@ def _add_server_flags(parser: Parser) -> None:
     group.add_argument("--max-log-len", type=int, metavar="N", help="characters of a prompt that the log shows")
     group.add_argument("--disable-fastapi-docs", action="store_true", help="no pages at `/`")
     group.add_argument("--disable-metrics", action="store_true", help="no /metrics")
-    group.add_argument("--ssl", action="store_true", help="HTTPS, with the files that SSL_KEYFILE and SSL_CERTFILE name")
+    group.add_argument(
+        "--ssl", action="store_true", help="HTTPS, with the files that SSL_KEYFILE and SSL_CERTFILE name"
+    )
 
 
 def _add_model_flags(parser: Parser) -> None:
@@ -118,7 +130,9 @@ def _add_model_flags(parser: Parser) -> None:
         help="a name (`lmdeploy list`), a JSON file of parts, or a Jinja file; the model's own by default",
     )
     group.add_argument(
-        "--capability", choices=("completion", "infilling", "chat", "python"), help="what the template does (default: chat)"
+        "--capability",
+        choices=("completion", "infilling", "chat", "python"),
+        help="what the template does (default: chat)",
     )
     group.add_argument(
         "--generation-config", default="auto", metavar="auto|lmdeploy|PATH",
@@ -129,7 +143,11 @@ def _add_model_flags(parser: Parser) -> None:
 def _add_access_flags(parser: Parser) -> None:
     group = parser.add_argument_group("access")
     group.add_argument(
-        "--api-keys", nargs="+", default=[], metavar="KEY", help="keys of which a request has to bear one; all paths but /health"
+        "--api-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of which a request has to bear one; all paths but /health",
     )
     for name in ("origins", "methods", "headers"):
         group.add_argument(
@@ -139,25 +157,25 @@ def _add_access_flags(parser: Parser) -> None:
 
 
 def _add_later_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("accepted", "for command lines written for LMDeploy; not supported, or without effect")
+    group = parser.add_argument_group("for command lines that were written for LMDeploy")
     for flag in LATER_FLAGS:
         if flag.kind is bool:
-            group.add_argument(flag.name, action="store_true", help=argparse.SUPPRESS)
+            group.add_argument(flag.name, action="store_true", help=flag.help)
         else:
-            group.add_argument(flag.name, type=flag.kind, default=flag.default, help=argparse.SUPPRESS)
+            group.add_argument(flag.name, type=flag.kind, default=flag.default, metavar="X", help=flag.help)
     for name in ("--allowed-media-domains", "--cudagraph-capture-batch-sizes"):
-        group.add_argument(name, nargs="+", help=argparse.SUPPRESS)
+        group.add_argument(name, nargs="+", metavar="X", help="accepted; changes nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     warn_remote_code(args, tell)
     refuse_speculative(args)
     _refuse_later(args)
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"the server needs the extra `serve` ({error}): pip install 'lmdeploy[serve]'") from error
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} missing; the server needs the extra `serve`: pip install 'lmdeploy[serve]'"
+        )
     from lmdeploy.serve.server import bind
 
     sock = bind(args.server_name, args.server_port)
@@ -202,7 +220,9 @@ def _open(args: argparse.Namespace) -> AsyncEngine:
 def _folder(path: str) -> Path:
     folder = Path(path)
     if not (folder / "generation_config.json").is_file():
-        raise ConfigError(f"--generation-config {path}: give auto, lmdeploy, or a folder that holds generation_config.json")
+        raise ConfigError(
+            f"--generation-config {path}: give auto, lmdeploy, or a folder that holds generation_config.json"
+        )
     return folder
 
 
@@ -213,7 +233,9 @@ def _serve(engine: AsyncEngine, args: argparse.Namespace, sock: socket) -> int:
     info = engine.client.info
     settings = _settings(args)
     app = create_app(engine, settings)
-    log_level = {"WARN": "warning", "FATAL": "critical", "NOTSET": "debug"}.get(args.log_level, args.log_level or "warning")
+    log_level = {"WARN": "warning", "FATAL": "critical", "NOTSET": "debug"}.get(
+        args.log_level, args.log_level or "warning"
+    )
     server = Server(app, drain_timeout_s=args.drain_timeout, log_level=log_level.lower(), tls=_tls(args))
     tell(f"{info.architecture}, {info.dtype} on {info.device}, loaded in {info.load_s:.1f} s")
     width = max((len(name) for name, _ in info.memory_plan), default=0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmdeploy.errors import ConfigError
+from lmdeploy.errors import ConfigError, LMDeployError
 from lmdeploy.lite import calibration_data, naming
 from lmdeploy.lite.compare import compare_models, num_steps
 from lmdeploy.lite.export import ShardWriter, copy_companions, publish, storable, write_config
@@ -24,6 +24,7 @@ from lmdeploy.lite.layer import Hidden, LayerRunner, QuantizedLayer, check_finit
 from lmdeploy.lite.partial import Partial, StoredLayer
 from lmdeploy.lite.report import SAMPLE_PROMPTS, format_quality, quality, sample_answers, write_report
 from lmdeploy.lite.stream import LayerStream, linears_of
+from lmdeploy.models.weights import dense
 from lmdeploy.quantization.export import awq_config
 from lmdeploy.tokenizer import Tokenizer
 
@@ -76,7 +77,11 @@ def auto_awq(model: Path, settings: Settings, tell: Tell) -> dict[str, Any]:
         raise ConfigError(f"{model} is quantized already ({method}); give the original 16-bit model")
     spec = GridSpec(4, _group_size(stream, settings, tell), settings.w_sym, _scale_dtype(stream, settings))
     partial = Partial(settings.work_dir, _fingerprint(model, stream, settings, spec))
-    windows, calibration = _windows(model, partial, settings, tell)
+    try:
+        windows, calibration = _windows(model, partial, settings, tell)
+    except LMDeployError:
+        partial.remove()
+        raise
     _quantize_layers(stream, partial, windows, spec, settings, tell)
     draft = _assemble(stream, partial, spec, tell)
     figures = _prove(stream, draft, partial, windows, calibration, spec, settings, tell)
@@ -198,7 +203,7 @@ def _save(
         if origin.is_reversible:
             tensors[origin.name] = naming.restored(origin, layer, index, result.weights)
         else:
-            tensors[origin.name] = naming.dense(stream.source.read(origin.name))
+            tensors[origin.name] = dense(stream.source.read(origin.name))
     partial.save_layer(index, tensors, {path: list(error) for path, error in result.errors.items()})
 
 
@@ -267,9 +272,23 @@ def _stored(partial: Partial, index: int) -> StoredLayer:
 def progress_bar(title: str, count: int) -> Iterator[Callable[[], None]]:
     """A bar on stderr with the time left; the value advances it by one."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=count)
         yield lambda: bar.advance(task)

@@ -20,7 +20,18 @@ from lmdeploy.tokenizer import Tokenizer
 
 SELF = "self"
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv")
-_TEXT_KEYS = ("text", "content", "prompt", "instruction", "question", "input", "sentence", "output", "response", "answer")
+_TEXT_KEYS = (
+    "text",
+    "content",
+    "prompt",
+    "instruction",
+    "question",
+    "input",
+    "sentence",
+    "output",
+    "response",
+    "answer",
+)
 _MAX_CHARACTERS = 20_000_000
 
 # Name -> the arguments of datasets.load_dataset.
@@ -146,7 +157,9 @@ def record_text(record: Any) -> str:
     for key in ("messages", "conversations", "conversation"):
         turns = record.get(key)
         if isinstance(turns, list):
-            return "\n".join(str(turn.get("content") or turn.get("value") or "") for turn in turns if isinstance(turn, Mapping))
+            return "\n".join(
+                str(turn.get("content") or turn.get("value") or "") for turn in turns if isinstance(turn, Mapping)
+            )
     texts = [record[key] for key in _TEXT_KEYS if isinstance(record.get(key), str)]
     texts = texts or [value for value in record.values() if isinstance(value, str)]
     return "\n".join(texts)

@@ -33,7 +33,9 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare_models(original: Path, other: Path, windows: Tensor, device: torch.device, progress: Progress) -> Comparison:
+def compare_models(
+    original: Path, other: Path, windows: Tensor, device: torch.device, progress: Progress
+) -> Comparison:
     """Score windows of token ids [W, S]: in each, every token but the first is predicted from those before it.
 
     progress is called num_steps(...) times. Raises ConfigError for models with different vocabularies.

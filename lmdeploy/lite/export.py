@@ -60,9 +60,7 @@ class ShardWriter:
             os.replace(self._draft(number), self.folder / name)
         if count > 1:
             weight_map = {tensor: name for name, shard in zip(names, self._shards, strict=True) for tensor in shard}
-            write_json(
-                self.folder / _INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            )
+            write_json(self.folder / _INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
 
     def _draft(self, number: int) -> Path:
         return self.folder / f"shard-{number:05}.safetensors"

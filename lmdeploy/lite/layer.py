@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.layers.context import ForwardContext
+from lmdeploy.layers.linear import Linear
 from lmdeploy.lite.grids import GridSpec
 from lmdeploy.lite.moments import Key, Moments, Recorder, StopForward, install_recorder
 from lmdeploy.lite.recipe import Rounded, Statistics, round_unit, scale_groups
@@ -86,18 +87,18 @@ def quantize_layer(
     reference, recorder = install_recorder(original), install_recorder(layer)
     reference.is_reference = True
     recorder.pair_with(reference)
-    round_parameters(layer, spec.scale_dtype)
+    round_parameters(layer, spec.scale_dtype, convertible)
     result = QuantizedLayer()
     outputs: list[Tensor] = []
     linears = linears_of(layer)
     for is_attention in (True, False):
         paths = [path for path in linears if path.startswith("self_attn.") == is_attention]
         statistics = _collect(run, original, layer, recorder, reference, hidden, paths, outputs)
-        units = list(_units(linears, statistics.fitted))
+        units = list(_units(linears, statistics.fitted, convertible))
         groups = find_groups(layer, (unit for unit in units if scalable(unit.path)), run.stream.config)
         scale_groups(groups, statistics, spec, search)
-        round_parameters(layer, spec.scale_dtype)
-        rounded = {unit.key: _round(unit, statistics, spec, search) for unit in units if convertible(unit.path)}
+        round_parameters(layer, spec.scale_dtype, convertible)
+        rounded = {unit.key: _round(unit, statistics, spec, search) for unit in units if unit.is_converted}
         _gather(rounded, result)
     for recording in (reference, recorder):
         recording.start(frozenset(), None)
@@ -105,7 +106,9 @@ def quantize_layer(
     return result
 
 
-def move(run: LayerRunner, original: nn.Module, layer: nn.Module, hidden: Hidden, outputs: Tensor | None = None) -> None:
+def move(
+    run: LayerRunner, original: nn.Module, layer: nn.Module, hidden: Hidden, outputs: Tensor | None = None
+) -> None:
     """Replace hidden states by those behind the layer; outputs: of the original, if they are known."""
     fitted, held_out = hidden.spans()
     for span in fitted + held_out:
@@ -116,12 +119,12 @@ def move(run: LayerRunner, original: nn.Module, layer: nn.Module, hidden: Hidden
         hidden.original.copy_(outputs)
 
 
-def round_parameters(layer: nn.Module, dtype: torch.dtype) -> None:
+def round_parameters(layer: nn.Module, dtype: torch.dtype, convertible: Callable[[str], bool]) -> None:
     """Give what stays unquantized the values that it will be stored with."""
-    for module in layer.modules():
-        kept = getattr(module, "float32_parameters", ())
+    for path, module in layer.named_modules():
+        is_converted = isinstance(module, Linear) and convertible(path)
         for name, parameter in module.named_parameters(recurse=False):
-            if name not in kept:
+            if not (is_converted and name == "weight"):
                 parameter.data.copy_(parameter.data.to(dtype))
 
 
@@ -163,7 +166,9 @@ class _may_stop:
         return kind is StopForward
 
 
-def _units(linears: dict[str, nn.Module], moments: dict[Key, Moments]) -> Iterator[Unit]:
+def _units(
+    linears: dict[str, Linear], moments: dict[Key, Moments], convertible: Callable[[str], bool]
+) -> Iterator[Unit]:
     """What is quantized on its own: whole linears, or the rows of each expert where experts read inputs of their own."""
     for path, expert in list(moments):
         linear = linears[path]
@@ -171,15 +176,16 @@ def _units(linears: dict[str, nn.Module], moments: dict[Key, Moments]) -> Iterat
             count = len(linear.parts)
             size = linear.out_features // count
             for index in range(count):
-                yield Unit(path, linear, slice(index * size, (index + 1) * size), (path, index))
+                yield Unit(path, linear, slice(index * size, (index + 1) * size), (path, index), convertible(path))
         elif expert is None:
-            yield Unit(path, linear, slice(0, linear.out_features), (path, None))
+            yield Unit(path, linear, slice(0, linear.out_features), (path, None), convertible(path))
 
 
 def _round(unit: Unit, statistics: Statistics, spec: GridSpec, search: str) -> Rounded:
     clips = search == "best" or not unit.path.endswith((".qkv_proj", ".qkv_a_proj", ".q_b_proj"))
     rounded = round_unit(unit, statistics, spec, search, clips=clips)
-    unit.weight.copy_(rounded.grid.values(rounded.codes))
+    # Exactly what will be read back, so that a resumed run sees the same hidden states.
+    unit.weight.copy_(rounded.grid.to_affine(rounded.codes).dequantize(torch.float32))
     return rounded
 
 

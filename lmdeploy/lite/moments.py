@@ -116,8 +116,8 @@ class Recorder:
                 moments.add(x)
                 if self._pair is not None and path in self._pair._inputs:
                     x0, residual0 = self._pair._inputs.pop(path)
-                    both = residual0 is not None and residual is not None
-                    moments.add_drift(x, x0 - x, residual0 - residual if both else None)
+                    added = None if residual0 is None or residual is None else residual0 - residual
+                    moments.add_drift(x, x0 - x, added)
         if path == self.last_wanted:
             raise StopForward
 

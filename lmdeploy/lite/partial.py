@@ -41,7 +41,9 @@ class Partial:
             self.path.mkdir(parents=True, exist_ok=True)
             known.write_text(wanted, encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"--work-dir: {self.path} cannot be written ({error.strerror}); choose another") from error
+            raise ConfigError(
+                f"--work-dir: {self.path} cannot be written ({error.strerror}); choose another"
+            ) from error
 
     def save_windows(self, windows: Tensor, source: str) -> None:
         """The calibration's token ids [W, S], and where they came from."""

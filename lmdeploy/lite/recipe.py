@@ -56,6 +56,8 @@ class Statistics:
 def scale_groups(groups: list[ScaleGroup], statistics: Statistics, spec: GridSpec, search: str) -> None:
     """Find and fold the scales of all groups."""
     for group in groups:
+        if not group.converted:
+            continue
         for unit in group.units:
             statistics.of(unit)
         moments = statistics.fitted

@@ -13,7 +13,10 @@ from typing import Any
 from lmdeploy.errors import LMDeployError
 from lmdeploy.lite.compare import Comparison
 
-SAMPLE_PROMPTS = ("What is the capital of France, and what is it known for?", "Explain in two sentences why the sky is blue.")
+SAMPLE_PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Explain in two sentences why the sky is blue.",
+)
 _SAMPLE_TOKENS = 64
 _PLOT = "layer_errors.png"
 
@@ -93,7 +96,12 @@ def plot_errors(layers: Sequence[Mapping[str, Any]], file: Path) -> bool:
     for name in names:
         points = [(index, max(layer[name][0], 1e-9)) for index, layer in enumerate(layers) if name in layer]
         axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    axes.set(xlabel="layer", ylabel="squared output error, relative", yscale="log", title="Error of each layer, held-out text")
+    axes.set(
+        xlabel="layer",
+        ylabel="squared output error, relative",
+        yscale="log",
+        title="Error of each layer, held-out text",
+    )
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
     return True
@@ -108,6 +116,7 @@ def sample_answers(path: Path, device: str) -> list[str]:
     try:
         with pipeline(str(path), config) as pipe:
             answers = pipe(list(SAMPLE_PROMPTS), GenerationConfig(max_new_tokens=_SAMPLE_TOKENS, do_sample=False))
+        assert isinstance(answers, list)
         return [answer.text if answer.finish_reason != "error" else f"({answer.error_message})" for answer in answers]
     except LMDeployError as error:
         return [f"({error})"] * len(SAMPLE_PROMPTS)

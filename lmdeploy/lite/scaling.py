@@ -16,6 +16,7 @@ from lmdeploy.layers.linear import Linear
 from lmdeploy.layers.norm import LayerNorm, RMSNorm
 from lmdeploy.lite.grids import Grid, GridSpec, plain_grid, roughly_clipped_grid
 from lmdeploy.lite.moments import Key, Moments
+from lmdeploy.models.base import ScaleTable
 from lmdeploy.models.config import ModelConfig
 
 _SMALLEST = 1e-4
@@ -24,12 +25,16 @@ _JUDGED_ROWS = 256
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows of a linear that are quantized together, since they read one input. key: of their moments."""
+    """Rows of a linear that are quantized together, since they read one input.
+
+    key: of their moments. is_converted: whether they will be rounded, or only scaled along with others.
+    """
 
     path: str
     linear: Linear
     rows: slice
     key: Key
+    is_converted: bool = True
 
     @property
     def weight(self) -> Tensor:
@@ -45,10 +50,15 @@ class ScaleGroup:
     """
 
     units: tuple[Unit, ...]
-    source: nn.Module
+    source: RMSNorm | LayerNorm | Linear
     source_rows: slice | None = None
     repeats: tuple[int, int, int] | None = None
     router: nn.Parameter | None = None
+
+    @property
+    def converted(self) -> list[Unit]:
+        """The units that scales are chosen for."""
+        return [unit for unit in self.units if unit.is_converted]
 
     @property
     def source_size(self) -> int:
@@ -82,7 +92,7 @@ class ScaleGroup:
             return
         if isinstance(source, LayerNorm):
             source.weight.data.div_(scale)
-        elif isinstance(source, Linear):
+        else:
             source.method.dense_weight(source)[self.source_rows].div_(scale[:, None])
         if source.bias is not None:
             bias = source.bias.data
@@ -96,11 +106,16 @@ def find_groups(layer: nn.Module, units: Iterable[Unit], config: ModelConfig) ->
         by_path.setdefault(unit.path, []).append(unit)
     modules = dict(layer.named_modules())
     groups: list[ScaleGroup] = []
-    for source_path, reader_paths in layer.awq_groups:
+    table: ScaleTable = getattr(layer, "awq_groups", ())
+    for source_path, reader_paths in table:
         source = modules.get(source_path)
         readers = [path for path in reader_paths if path in modules]
         linears = [path for path in readers if isinstance(modules[path], Linear)]
-        if source is None or not linears or any(path not in by_path for path in linears):
+        if (
+            not isinstance(source, (RMSNorm, LayerNorm, Linear))
+            or not linears
+            or any(path not in by_path for path in linears)
+        ):
             continue
         group_units = [unit for path in linears for unit in by_path[path]]
         if isinstance(source, Linear):
@@ -144,8 +159,8 @@ def fixed_scale(group: ScaleGroup, moments: dict[Key, Moments], spec: GridSpec) 
     """
     if group.repeats is not None:
         return None
-    activation = moments[group.units[0].key].largest
-    weight = _weight_share(torch.cat([unit.weight for unit in group.units]), spec)
+    activation = moments[group.converted[0].key].largest
+    weight = _weight_share(torch.cat([unit.weight for unit in group.converted]), spec)
     return normalized(activation.clamp(min=_SMALLEST).sqrt() / weight.clamp(min=_SMALLEST).sqrt())
 
 
@@ -162,18 +177,19 @@ def searched_scale(
 
     clip: judge by the clipped grid, which is what the weights will be rounded to.
     """
-    activation = group.gather(moments[group.units[0].key].absolute / max(moments[group.units[0].key].count, 1))
-    activation = activation.clamp(min=_SMALLEST)
-    share = group.gather(_weight_share(torch.cat([unit.weight for unit in group.units]), spec)).clamp(min=_SMALLEST)
+    units = group.converted
+    read = moments[units[0].key]
+    activation = group.gather(read.absolute / max(read.count, 1)).clamp(min=_SMALLEST)
+    share = group.gather(_weight_share(torch.cat([unit.weight for unit in units]), spec)).clamp(min=_SMALLEST)
     candidates = [normalized(activation ** (step / 20)) for step in range(20)]
     if with_weights:
         candidates += [normalized(activation ** (step / 10) / share ** (1 - step / 10)) for step in range(1, 10)]
     grid: Callable[[Tensor, Tensor, GridSpec], Grid] = roughly_clipped_grid if clip else _unclipped
-    sampled = [_some_rows(unit.weight) for unit in group.units]
+    sampled = [_some_rows(unit.weight) for unit in units]
     errors = [
         sum(
             _scaled_error(weight, moments[unit.key], group.spread(scale), spec, grid)
-            for unit, weight in zip(group.units, sampled, strict=True)
+            for unit, weight in zip(units, sampled, strict=True)
         )
         for scale in candidates
     ]

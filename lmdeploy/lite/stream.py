@@ -144,7 +144,7 @@ class LayerStream:
             value = self.source.read(name)
             for piece in wanted:
                 slot = self._slots[piece.name]
-                if slot.is_linear_weight and not hasattr(slot.module, "method"):
+                if isinstance(slot.module, Linear) and not hasattr(slot.module, "method"):
                     slot.module.method = UnquantizedMethod()
                 if slot.num_filled == len(slot.parts):  # read before, and dropped since
                     slot.num_filled = 0

@@ -45,7 +45,7 @@ class EventStream(Response):
         """events: what msgspec can encode; with is_sse framed as `data: ...` and ended by `data: [DONE]`."""
         super().__init__()
         media_type = "text/event-stream; charset=utf-8" if is_sse else "application/x-ndjson"
-        self._headers = [
+        self._start_headers = [
             (b"content-type", media_type.encode()),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
@@ -61,7 +61,7 @@ class EventStream(Response):
         encoder = msgspec.json.Encoder()
         async with aclosing(self._events) as events:
             first = await anext(events, None)
-            await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self._start_headers})
             try:
                 if first is not None:
                     await self._send(send, encoder.encode(first))

@@ -35,7 +35,7 @@ class AnswerFailed(LMDeployError):
     """The engine failed on one answer, through no fault of the request."""
 
 
-class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it could be an error
+class ClientGone(Exception):
     """The client has closed its connection; whatever is answered, nobody reads it."""
 
 

@@ -30,7 +30,9 @@ class Metrics:
         self._live = {
             "num_running": self._gauge("num_requests_running", "requests in the engine's batch"),
             "num_waiting": self._gauge("num_requests_waiting", "requests that wait for the engine's batch"),
-            "num_preemptions": self._gauge("num_preemptions", "requests that gave their blocks back to be computed anew"),
+            "num_preemptions": self._gauge(
+                "num_preemptions", "requests that gave their blocks back to be computed anew"
+            ),
         }
         self._cache_usage = self._gauge("gpu_cache_usage_perc", "share of the KV blocks in use, 0 to 1")
         self._hit_rate = self._gauge("prefix_cache_hit_rate", "share of all prompt tokens found in the prefix cache")
@@ -38,13 +40,20 @@ class Metrics:
         self._generation_tokens = self._counter("generation_tokens", "tokens generated for ended answers")
         self._cached_tokens = self._counter("cached_tokens", "prompt tokens found in the prefix cache")
         self._reasons = Counter(
-            "lmdeploy:request_success", "ended answers by reason", (*_LABELS, "finished_reason"), registry=self._registry
+            "lmdeploy:request_success",
+            "ended answers by reason",
+            (*_LABELS, "finished_reason"),
+            registry=self._registry,
         )
         self._request_prompt = self._histogram("request_prompt_tokens", "prompt tokens of a request", _TOKENS)
         self._request_generation = self._histogram("request_generation_tokens", "tokens of an answer", _TOKENS)
-        self._request_cached = self._histogram("request_cached_tokens", "cached prompt tokens of a request", (0, *_TOKENS))
+        self._request_cached = self._histogram(
+            "request_cached_tokens", "cached prompt tokens of a request", (0, *_TOKENS)
+        )
         self.first_token = self._histogram("time_to_first_token_seconds", "of streamed answers", _FIRST_TOKEN_S)
-        self.per_token = self._histogram("time_per_output_token_seconds", "mean after the first, streamed", _PER_TOKEN_S)
+        self.per_token = self._histogram(
+            "time_per_output_token_seconds", "mean after the first, streamed", _PER_TOKEN_S
+        )
         self.whole = self._histogram("e2e_request_latency_seconds", "from arrival to the last token", _WHOLE_S)
 
     def render(self) -> bytes:

@@ -6,13 +6,14 @@ import asyncio
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lmdeploy import env
 from lmdeploy.errors import ConfigError
 from lmdeploy.serve.service import Service
 
@@ -43,12 +44,24 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def _without_last_words(app: ASGIApp) -> ASGIApp:
+    """The application; that a task of it was cancelled at the end is no error to be logged with a traceback."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return run
+
+
 class Server(uvicorn.Server):
     """The first signal drains: readiness says 503, nothing new is taken, what runs ends. The second stops at once."""
 
-    def __init__(self, app: FastAPI, *, drain_timeout_s: float = 60.0, log_level: str = "warning", tls: Tls | None = None):
+    def __init__(
+        self, app: FastAPI, *, drain_timeout_s: float = 60.0, log_level: str = "warning", tls: Tls | None = None
+    ):
         config = uvicorn.Config(
-            app,
+            _without_last_words(app),
             http="h11",  # the one that bounds headers
             ws="none",
             lifespan="off",
@@ -57,7 +70,6 @@ class Server(uvicorn.Server):
             server_header=False,
             backlog=_BACKLOG,
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            timeout_keep_alive=env.keep_alive_s(),
             timeout_graceful_shutdown=_LAST_WORDS_S,
             ssl_keyfile=tls.key_file if tls else None,
             ssl_certfile=tls.cert_file if tls else None,

@@ -102,7 +102,9 @@ class Service:
         if count > self.max_active:
             raise InvalidParameter(f"the request asks for {count} answers; this server takes {self.max_active} at once")
         if self.num_active + count > self.max_active:
-            raise Overloaded(f"{self.num_active} answers are in work or waiting, at most {self.max_active}; ask again later")
+            raise Overloaded(
+                f"{self.num_active} answers are in work or waiting, at most {self.max_active}; ask again later"
+            )
         self.num_active += count
 
     async def _generate(self, job: Job, number: int) -> AsyncGenerator[Response, None]:

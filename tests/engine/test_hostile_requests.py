@@ -12,6 +12,7 @@ import torch
 from lmdeploy.engine.core import Engine
 from lmdeploy.engine.request import Request, SamplingParams
 from lmdeploy.errors import InvalidParameter
+from lmdeploy.kernels import cpu
 from tests.engine.driver import greedy, make_engine, run
 from tests.tiny_model import make_tiny_llama
 
@@ -118,8 +119,13 @@ def test_a_prompts_logprobs_come_once_and_whole(tiny_llama: Path) -> None:
             assert lengths == [length - 1]
 
 
-def test_garbage_in_free_blocks_reaches_nobody(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_garbage_in_free_blocks_reaches_nobody(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, has_kernels: bool
+) -> None:
     """What a failed request has left in the cache, NaN perhaps, must not fail those that come after it."""
+    if not has_kernels:
+        monkeypatch.setattr(cpu, "can_run", lambda *tensors: False)
     engine = make_engine(tiny_llama)
     requests = [greedy("short", [1, 2, 3], 20), greedy("long", list(range(40)), 20)]
     expected = run(engine, requests)

@@ -48,7 +48,7 @@ def test_folder_is_complete_and_close_to_the_original(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "internlm2/7b", "qwen2_moe/base", "chatglm/chatglm2-6b"])
 def test_engine_reads_what_an_independent_reader_reads(name: str, tmp_path: Path) -> None:
     model = make_llama(tmp_path / "model") if name == "llama" else make_golden(name, tmp_path / "model")
-    quantize(model, tmp_path / "out", write_text(tmp_path))
+    quantize(model, tmp_path / "out", write_text(tmp_path), search="awq")
     out = tmp_path / "out"
     source = LayerStream(out, torch.device("cpu")).source
     expected = read_folder(out)
@@ -57,9 +57,10 @@ def test_engine_reads_what_an_independent_reader_reads(name: str, tmp_path: Path
     for tensor, value in expected.items():
         torch.testing.assert_close(dense(source.read(tensor)).float(), value, rtol=1e-5, atol=1e-6)
     ids, logits = greedy(out)
-    original = greedy(model)[1]
+    prompt_rows = slice(0, len(PROMPT))  # what follows them depends on the tokens that were chosen
+    original = greedy(model)[1][prompt_rows]
     assert len(ids) == 6
-    assert (logits - original).norm() < 0.3 * original.norm()
+    assert (logits[prompt_rows] - original).norm() < 0.5 * original.norm()
 
 
 def test_best_is_closer_than_plain(tmp_path: Path) -> None:
@@ -158,3 +159,12 @@ def test_group_that_divides_nothing_is_replaced(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["group_size"] == 64
     assert any("groups of 128" in line for line in told)
+
+
+def test_transformers_reads_the_config(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
+    quantize(model, tmp_path / "out", text, search="none")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    quantization = transformers.AwqConfig(**config.quantization_config)
+    assert (quantization.bits, quantization.group_size, quantization.zero_point) == (4, 32, True)

@@ -60,29 +60,21 @@ class Served:
 
         return asyncio.run(ask())
 
-    def break_off(self, path: str, body: Any, after: int) -> list[dict[str, Any]]:
-        """POST, and go away once `after` messages have come; the messages that came."""
-        return asyncio.run(break_off(self, path, body, after))
 
-
-async def break_off(served: Served, path: str, body: Any, after: int) -> list[dict[str, Any]]:
+async def break_off(served: Served, path: str, body: Any, num_messages: int, num_requests: int) -> list[dict[str, Any]]:
+    """POST, and go away once so many messages have come and so many requests have reached the engine; the messages."""
     incoming = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
     messages: list[dict[str, Any]] = []
-    is_gone = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
         if (message := next(incoming, None)) is not None:
             return message
-        if after:
-            await is_gone.wait()
-        else:
-            await asyncio.sleep(0.02)
+        while len(messages) < num_messages or len(served.client.requests) < num_requests:
+            await asyncio.sleep(0.002)
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         messages.append(message)
-        if len(messages) >= after:
-            is_gone.set()
         await asyncio.sleep(0)
 
     scope = {

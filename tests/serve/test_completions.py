@@ -42,7 +42,9 @@ def test_n_and_list_are_numbered_prompt_by_prompt(serve: Any) -> None:
 
 
 def test_streams_of_a_list(serve: Any) -> None:
-    chunks = events(serve().complete(prompt=["the river", "a mill"], stream=True, stream_options={"include_usage": True}))
+    chunks = events(
+        serve().complete(prompt=["the river", "a mill"], stream=True, stream_options={"include_usage": True})
+    )
     texts = {0: "", 1: ""}
     for chunk in chunks[:-1]:
         (choice,) = chunk["choices"]

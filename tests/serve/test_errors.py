@@ -36,7 +36,9 @@ def subclasses(kind: type) -> set[type]:
 
 def test_the_table_is_complete() -> None:
     # A class of another command's module, if such a module is loaded, is the server's own fault and told as such.
-    tree = {kind for kind in subclasses(LMDeployError) if kind.__module__ in ("lmdeploy.errors", "lmdeploy.serve.errors")}
+    tree = {
+        kind for kind in subclasses(LMDeployError) if kind.__module__ in ("lmdeploy.errors", "lmdeploy.serve.errors")
+    }
     assert tree == {*STATUS, LMDeployError}
     assert http.problem_of(LMDeployError(SECRET)).status == 500
 
@@ -76,7 +78,11 @@ def test_codes_that_clients_look_for(serve: Any) -> None:
     assert (long.status_code, error_of(long)["code"]) == (400, "context_length_exceeded")
     assert error_of(long)["type"] == "invalid_request_error"
     unknown = served.complete(model="gpt-4")
-    assert (unknown.status_code, error_of(unknown)["code"], error_of(unknown)["param"]) == (404, "model_not_found", "model")
+    assert (unknown.status_code, error_of(unknown)["code"], error_of(unknown)["param"]) == (
+        404,
+        "model_not_found",
+        "model",
+    )
     assert error_of(served.get("/no/such/path"))["code"] == 404
     assert served.get("/v1/completions").status_code == 405
 
@@ -126,7 +132,8 @@ def test_hostile_bodies(serve: Any, body: bytes) -> None:
         ({"temperature": 2.1}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"), ({"top_k": -1}, "top_k"), ({"min_p": 2}, "min_p"), ({"n": 0}, "n"),
         ({"max_tokens": 0}, "max_tokens"), ({"presence_penalty": 3}, "presence_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"), ({"top_logprobs": 21}, "top_logprobs"), ({"messages": []}, "messages"),
+        ({"repetition_penalty": 0}, "repetition_penalty"), ({"top_logprobs": 21}, "top_logprobs"),
+        ({"messages": []}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages"), ({"seed": 1 << 63}, "seed"), ({"stream": 1}, "stream"),
         ({"stop": ["x"] * 65}, "stop"), ({"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias"),
     ],

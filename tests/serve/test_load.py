@@ -32,11 +32,12 @@ def test_a_client_that_goes_away_aborts_its_answers(serve: Any, path: str, n: in
         n = 1
     served = serve(endless, client={"session_len": 1 << 20})
     body = {**BODIES[path], "n": n, "stream": is_streaming, "max_tokens": 100_000}
-    messages = served.break_off(path, body, after=4 if is_streaming else 0)
-    assert len(messages) < 20
+    count = n * (2 if path == "/v1/completions" else 1)
+    messages = asyncio.run(break_off(served, path, body, 4 if is_streaming else 0, count))
+    assert messages[0]["status"] == (200 if is_streaming else 499)
     assert served.client.wait_idle()
     asked = {request.request_id for request in served.client.requests}
-    assert len(asked) == n * (2 if path == "/v1/completions" else 1)
+    assert len(asked) == count
     assert set(served.client.aborted) == asked
     assert served.service.num_active == 0
 
@@ -46,7 +47,7 @@ def test_a_full_queue_refuses_and_takes_again(serve: Any) -> None:
 
     async def load() -> None:
         body = {**BODIES["/generate"], "stream": True, "max_tokens": 100_000}
-        tasks = [asyncio.create_task(break_off(served, "/generate", body, 10**9)) for _ in range(3)]
+        tasks = [asyncio.create_task(break_off(served, "/generate", body, 10**9, 0)) for _ in range(3)]
         await wait_until(lambda: len(served.client.requests) == 3)
         refused = await asyncio.to_thread(served.complete, max_tokens=1)
         assert refused.status_code == 429

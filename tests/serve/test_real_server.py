@@ -30,7 +30,12 @@ from lmdeploy.serve.settings import ServerSettings
 
 KEY = "a key"
 CONFIG = EngineConfig(
-    dtype="float32", device="cpu", block_size=16, cache_max_entry_count=128, max_batch_size=4, enable_prefix_caching=True
+    dtype="float32",
+    device="cpu",
+    block_size=16,
+    cache_max_entry_count=128,
+    max_batch_size=4,
+    enable_prefix_caching=True,
 )
 ASK: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Where does the river run?"}]
 
@@ -200,7 +205,14 @@ def test_a_full_queue(client: openai.OpenAI, server: tuple[str, Service]) -> Non
 @pytest.mark.parametrize("is_streaming", [False, True])
 def test_a_closed_connection_frees_its_blocks(server: tuple[str, Service], is_streaming: bool) -> None:
     url, service = server
-    body = {"model": "tiny", "prompt": "the river", "max_tokens": 450, "n": 4, "ignore_eos": True, "stream": is_streaming}
+    body = {
+        "model": "tiny",
+        "prompt": "the river",
+        "max_tokens": 450,
+        "n": 4,
+        "ignore_eos": True,
+        "stream": is_streaming,
+    }
 
     async def break_off() -> None:
         async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as client:

@@ -90,7 +90,9 @@ def test_pages_can_be_left_out(serve: Any) -> None:
 
 def test_every_endpoint_is_documented(serve: Any) -> None:
     schema = serve().get("/openapi.json").json()
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/embeddings", "/generate"} <= set(schema["paths"])
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/embeddings", "/generate"} <= set(
+        schema["paths"]
+    )
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "temperature", "logit_bias", "max_completion_tokens"} <= set(fields)
 

@@ -18,6 +18,7 @@ from lmdeploy.kernels.cpu.linear import (
     linear,
     rms_norm,
 )
+from lmdeploy.kernels.cpu.memory import prefer_huge_pages
 from lmdeploy.kernels.cpu.packed import DTYPES, PackedAffine, pack, unpack
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "is_available",
     "linear",
     "pack",
+    "prefer_huge_pages",
     "rms_norm",
     "rope_store_attend",
     "supports",

@@ -11,22 +11,25 @@ constexpr int kWeightRows = 4;
 
 // sums[token][row] of 4 weight rows and TOKENS tokens of `k` channels.
 template <int TOKENS>
-void dot_rows(const uint16_t* const* w, const void* x, int64_t k, float* sums) {
+void dot_rows(const uint16_t* const* w, int64_t ahead, const void* x, int64_t k, float* sums) {
   F acc[TOKENS][kWeightRows];
   for (int t = 0; t < TOKENS; t++)
     for (int r = 0; r < kWeightRows; r++) acc[t][r] = f_zero();
   int64_t i = 0;
 #if defined(__AVX512BF16__)
   const auto* half = static_cast<const uint16_t*>(x);
-  for (; i + 32 <= k; i += 32)
+  for (; i + 32 <= k; i += 32) {
+    for (int r = 0; r < kWeightRows; r++) prefetch(w[r] + i + ahead);
     for (int t = 0; t < TOKENS; t++)
       for (int r = 0; r < kWeightRows; r++) acc[t][r] = f_dot_bf16(acc[t][r], w[r] + i, half + t * k + i);
+  }
   constexpr int x_dtype = kBF16;
 #else
   constexpr int x_dtype = kF32;
 #endif
   for (; i < k; i += 16)
     for (int r = 0; r < kWeightRows; r++) {
+      if (i % 32 == 0) prefetch(w[r] + i + ahead);
       const F weight = f_load_bf16(w[r] + i);
       for (int t = 0; t < TOKENS; t++) acc[t][r] = f_fma(weight, load_any(x, x_dtype, t * k + i), acc[t][r]);
     }
@@ -84,6 +87,8 @@ void lm_dense_linear(const DenseArgs* args) {
   char* rows = static_cast<char*>(shared_buffer(0, a.tokens * a.k * size + 64));
   const int64_t groups = (a.n + kWeightRows - 1) / kWeightRows;
   const int64_t step = std::max<int64_t>(1, groups / (a.threads * 6));
+  // Rows are too short, and too many at once, for the hardware to run ahead by itself.
+  const int64_t ahead = a.k < 1024 ? kWeightRows * a.w_stride : 1024;
   const auto multiply = [&](int64_t first) {
     const uint16_t* weights[kWeightRows];
     for (int r = 0; r < kWeightRows; r++) weights[r] = a.w + std::min(first + r, a.n - 1) * a.w_stride;
@@ -92,7 +97,7 @@ void lm_dense_linear(const DenseArgs* args) {
       const int count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       float sums[4 * kWeightRows];
       const auto kernel = count == 4 ? dot_rows<4> : count == 2 ? dot_rows<2> : dot_rows<1>;
-      kernel(weights, rows + token * a.k * size, a.k, sums);
+      kernel(weights, ahead, rows + token * a.k * size, a.k, sums);
       for (int t = 0; t < count; t++)
         for (int64_t r = 0; r < kWeightRows && first + r < a.n; r++)
           finish.one(sums[t * kWeightRows + r], token + t, first + r, a.n);

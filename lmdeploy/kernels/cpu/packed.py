@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kernels.cpu.build import library
+from lmdeploy.kernels.cpu.memory import allocate
 
 ROWS = 16  # weight rows of a tile
 _CONSTANT_ZERO, _MINIMUM, _ZERO_BYTE = 0, 1, 2
@@ -93,9 +94,10 @@ def pack(q: Tensor, scales: Tensor, mins: Tensor, bits: int) -> PackedAffine:
     if offsets is not None:
         meta.append(_tiled(offsets if wide or aux == _ZERO_BYTE else offsets.half()))
     source = q.contiguous()
-    packed = torch.empty(-(-n // ROWS) * ROWS * k * bits // 8, dtype=torch.uint8)
+    packed = allocate(-(-n // ROWS) * ROWS * k * bits // 8)
     library().lm_pack(_PACK.pack(torch.get_num_threads(), source.data_ptr(), n, k, bits, packed.data_ptr()))
-    return PackedAffine(packed, torch.cat(meta, dim=2).flatten(), n, k, group, bits, wide, aux, zero)
+    tiled = torch.cat(meta, dim=2).flatten()
+    return PackedAffine(packed, allocate(len(tiled)).copy_(tiled), n, k, group, bits, wide, aux, zero)
 
 
 def unpack(w: PackedAffine) -> tuple[Tensor, Tensor, Tensor]:

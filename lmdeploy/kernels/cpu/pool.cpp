@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 constexpr int kClosed = 255;            // phase of a job that has ended
-constexpr int64_t kSpinNs = 100 * 1000;  // how long an idle worker looks for the next job before it sleeps
-constexpr int kSpinsBeforeYield = 2000;
+constexpr int64_t kSpinNs = 200 * 1000;  // how long an idle worker looks for the next job before it sleeps
+constexpr int kSpinsBeforeYield = 200;
 constexpr int kSharedBuffers = 4;
 
 // state = job number (24 bits) | phase (8) | next chunk (32)
@@ -113,6 +113,7 @@ uint64_t wait_for_job(Pool& p, uint64_t seen) {
       pause();
     }
     if (now_ns() > give_up) break;
+    sched_yield();  // on a busy machine the caller may be waiting for this very processor
   }
   pthread_mutex_lock(&p.mutex);
   p.sleepers.fetch_add(1);

@@ -14,20 +14,25 @@ from lmdeploy.serve.service import Service
 from lmdeploy.serve.settings import ServerSettings
 from lmdeploy.version import __version__
 
+_REFUSALS = {
+    400: "the request is malformed or out of bounds",
+    401: "a key is missing or wrong",
+    404: "no such model",
+    413: "the body is too large",
+    429: "the queue is full; Retry-After says when to ask again",
+    503: "the engine has stopped, or the server is shutting down",
+}
 _ROUTERS = (chat.router, completions.router, embeddings.router, native.router, status.router)
 
 
 def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     """An ASGI application over a started engine, which stays the caller's to close. `app.state.service` is its Service."""
-    about = {"title": "LMDeploy", "version": __version__}
-    if settings.has_docs:
-        app = FastAPIOffline(docs_url="/", redoc_url="/redoc", **about)
-    else:
-        app = FastAPI(openapi_url=None, **about)
+    pages = FastAPIOffline(docs_url="/", redoc_url="/redoc", title="LMDeploy", version=__version__)
+    app = pages if settings.has_docs else FastAPI(openapi_url=None)
     app.state.service = Service(engine, settings)
     errors.install(app)
     for router in _ROUTERS:
-        app.include_router(router)
+        app.include_router(router, responses={status: {"description": text} for status, text in _REFUSALS.items()})
     if settings.has_metrics:
         app.include_router(status.metrics_router)
     # The last that is added is the first that a request meets.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -75,11 +76,14 @@ class _Answer:
         self._usage = Usage(config.n)
         self._has_usage = body.stream_options is not None and body.stream_options.include_usage
         self._offsets: dict[int, int] = {}
+        self._prompt_ids: list[list[int]] = []
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         choices = []
+        if self._job.config.return_ppl:
+            self._prompt_ids = await asyncio.to_thread(self._encode_prompts)
         for response in await self._service.collect(self._job):
             self._usage.add(response)
             text = self._echo(response.index) + response.text
@@ -115,23 +119,22 @@ class _Answer:
             "choices": choices,
         }
 
-    def _prompt(self, index: int) -> Prompt:
-        return self._job.prompts[index // self._job.config.n]
+    def _encode_prompts(self) -> list[list[int]]:
+        return [self._service.engine.encode(prompt, do_preprocess=False) for prompt in self._job.prompts]
 
     def _echo(self, index: int) -> str:
         """The prompt's text, where it is to stand before the answer."""
         if not self._body.echo:
             return ""
-        prompt = self._prompt(index)
+        prompt = self._job.prompts[index // self._job.config.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, self._body.skip_special_tokens)  # type: ignore[arg-type]
 
     def _logprobs(self, response: Response) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None
         ids, logprobs = list(response.token_ids), list[dict[int, float] | None](response.logprobs or [])
-        if self._body.echo:
-            prompt_ids = self._service.engine.encode(self._prompt(response.index), do_preprocess=False)
-            ids = [*prompt_ids, *ids]
+        if self._prompt_ids:
+            ids = [*self._prompt_ids[response.index // self._job.config.n], *ids]
             logprobs = [None, *(response.prompt_logprobs or []), *logprobs]
         offset = self._offsets.get(response.index, 0)
         self._offsets[response.index] = offset + len(response.text)

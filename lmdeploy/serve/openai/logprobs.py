@@ -38,7 +38,9 @@ def completion_logprobs(
         offsets.append(offset)
         offset += len(text)
         own.append(None if values is None else max(values.get(token, _LOWEST), _LOWEST))
-        top.append(None if values is None else _named(tokenizer, [*_top(values, count), (token, values.get(token, _LOWEST))]))
+        top.append(
+            None if values is None else _named(tokenizer, [*_top(values, count), (token, values.get(token, _LOWEST))])
+        )
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
 
 

@@ -138,7 +138,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> HttpResponse:
 async def detokenize(body: DetokenizeRequest, request: Request) -> HttpResponse:
     service = service_of(request)
     service.check_model(body.model)
-    return json_response({"prompt": service.engine.tokenizer.decode(body.tokens, body.skip_special_tokens)})
+    text = await asyncio.to_thread(service.engine.tokenizer.decode, body.tokens, body.skip_special_tokens)
+    return json_response({"prompt": text})
 
 
 @router.post("/get_ppl")

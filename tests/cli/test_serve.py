@@ -1,0 +1,109 @@
+"""`lmdeploy serve api_server`: command lines of every era, refusals before a model is loaded, the server's settings."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from lmdeploy.cli import main, serve
+from lmdeploy.errors import ConfigError
+from lmdeploy.serve.settings import ServerSettings
+from tests.cli.command_line import parse, parse_with_notices
+
+OLD_LINES = {
+    "lmdeploy serve api_server PATH --model-format hf --quant-policy 0 --server-name 0.0.0.0 --server-port 23333 --tp 1": 0,
+    "lmdeploy serve api_server a//b-4bit --cache-max-entry-count 0.4 --model-format awq --quant-policy 0 \\\n"
+    "  --server-name 0.0.0.0 --server-port 23333 --tp 1": 0,
+    "lmdeploy serve api_server X --model-format awq --quant-policy 4 --cache-max-entry-count 0.1\\\n  --server-name 0.0.0.0": 0,
+    "lmdeploy serve api_server ./workspace --server_name 0.0.0.0 --server_port 23333 --instance_num 64 --tp 1": 3,
+    "lmdeploy serve api_server X --restful_api True --cap chat --meta_instruction text --qos-config-path ''": 4,
+    "lmdeploy serve api_server --model_path X": 1,
+}
+
+
+@pytest.mark.parametrize("line", OLD_LINES)
+def test_command_lines_of_every_era(line: str) -> None:
+    args, notices = parse_with_notices(line)
+    assert (args.command, args.kind) == ("serve", "api_server")
+    assert args.model is not None
+    assert args.server_name == ("0.0.0.0" if "0.0.0.0" in line else "127.0.0.1")
+    assert args.server_port == 23333
+    assert len(notices) == OLD_LINES[line]
+    if "instance_num" in line:
+        assert args.max_batch_size == 64
+
+
+def test_flags_become_settings() -> None:
+    line = (
+        "lmdeploy serve api_server M --api-keys a b --max-concurrent-requests 9 --model-name n --allow-origins http://x "
+        "--allow-credentials --disable-fastapi-docs --disable-metrics"
+    )
+    assert serve._settings(parse(line)) == ServerSettings(
+        "n", ("a", "b"), 9, allow_origins=("http://x",), allow_credentials=True, has_docs=False, has_metrics=False
+    )
+
+
+def test_the_name_of_the_model(tmp_path: Path) -> None:
+    for given, name in (
+        ("", "smollm2-135m-instruct"),
+        ("SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+        ("a/b", "a/b"),
+    ):
+        assert serve._settings(parse(f"lmdeploy serve api_server {given}")).model_name == name
+
+
+@pytest.mark.parametrize(
+    "flag", [flag for flag in serve.LATER_FLAGS if not flag.is_harmless], ids=lambda flag: flag.name
+)
+def test_what_is_not_there_is_refused_before_anything_is_loaded(
+    flag: serve.LaterFlag, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = [] if flag.kind is bool else ["7" if flag.kind in (int, float) else "something"]
+    assert main.main(["serve", "api_server", "./no/such/model", flag.name, *value]) == 1
+    err = capsys.readouterr().err
+    assert f"{flag.name} " in err
+    assert "not supported yet" in err
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main.main(["serve", "api_server", "./no/such/model", "--server-port", str(port)]) == 1
+    err = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in err
+    assert main.main(["serve", "api_server", "./no/such/model", "--server-port", "70000"]) == 1
+    assert main.main(["serve", "api_server", "./no/such/model", "--server-port", "0"]) == 1
+    assert "no/such/model" in capsys.readouterr().err
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(serve, "_EXTRA", ("uvicorn", "no_such_package"))
+    assert main.main(["serve", "api_server", "./no/such/model"]) == 1
+    assert capsys.readouterr().err == (
+        "error: no_such_package missing; the server needs the extra `serve`: pip install 'lmdeploy[serve]'\n"
+    )
+
+
+def test_tls_needs_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    args = parse("lmdeploy serve api_server M --ssl")
+    monkeypatch.delenv("SSL_KEYFILE", raising=False)
+    with pytest.raises(ConfigError, match="SSL_KEYFILE"):
+        serve._tls(args)
+    (tmp_path / "key").write_text("")
+    monkeypatch.setenv("SSL_KEYFILE", str(tmp_path / "key"))
+    monkeypatch.setenv("SSL_CERTFILE", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="SSL_CERTFILE"):
+        serve._tls(args)
+    monkeypatch.setenv("SSL_CERTFILE", str(tmp_path / "key"))
+    tls = serve._tls(args)
+    assert tls is not None
+    assert (tls.key_file, tls.cert_file) == (str(tmp_path / "key"), str(tmp_path / "key"))
+
+
+def test_defaults_of_another_folder() -> None:
+    with pytest.raises(ConfigError, match="give auto, lmdeploy, or a folder"):
+        serve._folder("/no/such/folder")
