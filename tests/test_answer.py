@@ -141,7 +141,9 @@ def test_any_stop_words_cut_like_a_search_in_the_whole_text(
 def test_logits_and_ppl_come_with_the_last_response(tokenizer: Tokenizer) -> None:
     config = GenerationConfig(output_logits="generation", return_ppl=True)
     stream = AnswerStream(Request("r", [5, 6, 7], SamplingParams(stop_token_ids=(3,))), tokenizer, config)
-    first = stream.add(RequestOutput("r", [70], prompt_logprobs=[{5: -1.0}, {6: -3.0, 7: -2.0}], logits=torch.ones(1, 8)))
+    first = stream.add(
+        RequestOutput("r", [70], prompt_logprobs=[{5: -1.0}, {6: -3.0, 7: -2.0}], logits=torch.ones(1, 8))
+    )
     last = stream.add(RequestOutput("r", [3], "stop", logits=torch.zeros(1, 8)))
     assert first is not None
     assert first.logits is None

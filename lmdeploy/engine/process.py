@@ -176,6 +176,9 @@ def _try_send(connection: Connection, message: Ready | Failure | Outputs | Stats
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # the client decides; a signal to the group must not end the engine first
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the client decides; a signal to the group must not end the engine first
         signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -12,13 +12,14 @@ from lmdeploy.tokenizer import Tokenizer
 from tests.lite.checkpoints import make_llama, quantize
 
 
-def test_text_is_diverse_repeatable_and_bounded(tmp_path: Path) -> None:
+def test_text_is_diverse_and_bounded(tmp_path: Path) -> None:
     model = make_llama(tmp_path / "model")
     tokenizer = Tokenizer(model)
-    first, again = (generate_tokens(model, tokenizer, 400, 100, "cpu") for _ in range(2))
-    assert first == again
-    assert 200 <= len(first) <= 400
-    assert first[:100] != first[100:200]
+    ids = generate_tokens(model, tokenizer, 400, 100, "cpu")
+    assert 200 <= len(ids) <= 400
+    assert len(set(ids)) > 50
+    text = tokenizer.decode(ids)
+    assert all(topic in text for topic in ("water cycle", "compiler", "printing", "bread"))
 
 
 def test_named_set_that_cannot_be_fetched_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
