@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.engine.scheduler import Scheduled, StepPlan
+from lmdeploy.engine.slots import Slots
 from lmdeploy.engine.state import RequestState
 from lmdeploy.layers.context import ForwardContext, KVCache
 
@@ -30,11 +31,8 @@ class Batch:
     entries: list[Scheduled]
 
 
-def build_batch(plan: StepPlan, kv_cache: KVCache, last_tokens: dict[str, Tensor]) -> Batch:
-    """Lay the scheduled tokens of all requests end to end.
-
-    last_tokens: by request id the token, a 0-d tensor on the device, that a step in flight has sampled.
-    """
+def build_batch(plan: StepPlan, kv_cache: KVCache, slots: Slots) -> Batch:
+    """Lay the scheduled tokens of all requests end to end; a token in flight is taken from its request's slot."""
     entries, device = plan.scheduled, kv_cache.data.device
     block_size = kv_cache.block_size
     query_lens = [entry.num_tokens for entry in entries]
@@ -44,20 +42,22 @@ def build_batch(plan: StepPlan, kv_cache: KVCache, last_tokens: dict[str, Tensor
     ids = np.concatenate([_known_ids(entry) for entry in entries])
     block_tables = _block_tables(entries, max(context_lens), block_size)
     rows = np.repeat(np.arange(len(entries)), query_lens)
-    slots = block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    slot_mapping = block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
     def to_device(values: object, dtype: type) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype)).to(device, non_blocking=True)
 
     input_ids = to_device(ids, np.int64)
-    for row in np.flatnonzero(ids == UNKNOWN_TOKEN):
-        input_ids[row] = last_tokens[entries[rows[row]].state.request_id]
+    unknown = np.flatnonzero(ids == UNKNOWN_TOKEN)
+    if len(unknown):
+        lines = slots.lines([entries[row].state for row in rows[unknown]])
+        input_ids[to_device(unknown, np.int64)] = slots.last_tokens[lines]
     ctx = ForwardContext(
         positions=to_device(positions, np.int64),
         cu_seqlens_q=to_device(starts, np.int32),
         context_lens=to_device(context_lens, np.int32),
         block_tables=to_device(block_tables, np.int32),
-        slot_mapping=to_device(slots, np.int64),
+        slot_mapping=to_device(slot_mapping, np.int64),
         prompt_lens=to_device([len(entry.state.prompt_ids) for entry in entries], np.int32),
         kv_cache=kv_cache,
         query_lens=query_lens,

@@ -18,11 +18,13 @@ MIB = 1 << 20
 _DEFAULT_SHARE = 0.8
 _DEFAULT_CPU_CACHE_BYTES = 4 << 30
 _MIN_BLOCKS = 2
+_COPY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The plan of one engine; sizes in bytes unless named otherwise."""
+    """The plan of one engine; sizes in bytes unless named otherwise. copy_bytes: of the 16-bit copies that are kept of
+    quantized weights, 0 if they are made anew for each step of many tokens."""
 
     total_bytes: int
     weight_bytes: int
@@ -31,6 +33,7 @@ class MemoryPlan:
     num_blocks: int
     block_size: int
     session_len: int
+    copy_bytes: int = 0
 
     @property
     def cache_bytes(self) -> int:
@@ -42,8 +45,10 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as a table of names and values."""
+        copies = [("16-bit copies of weights", f"{self.copy_bytes / MIB:,.0f} MiB")] if self.copy_bytes else []
         return [
             ("weights", f"{self.weight_bytes / MIB:,.0f} MiB"),
+            *copies,
             ("activations (largest step)", f"{self.activation_bytes / MIB:,.0f} MiB"),
             ("KV blocks", f"{self.cache_bytes / MIB:,.0f} MiB = {self.num_blocks} x {self.block_bytes / MIB:.2f} MiB"),
             ("tokens that fit", f"{self.cache_tokens:,}"),
@@ -62,15 +67,21 @@ def plan_memory(
     max_batch_size: int,
     max_tokens_per_step: int,
     session_len: int,
+    copy_bytes: tuple[int, int] = (0, 0),
 ) -> MemoryPlan:
     """Size the block pool after the weights have been loaded.
 
-    A pool smaller than session_len cuts session_len, with a notice; under two blocks is a ConfigError with the numbers.
+    copy_bytes: what 16-bit copies of all quantized weights would take, and of the largest. They are kept if they take at
+    most a quarter of what the pool would have. A pool smaller than session_len cuts session_len, with a notice; under two blocks is a ConfigError with the numbers.
     """
     total, free = device_memory(device)
     activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size)
     block_bytes = config.block_size * kv_bytes_per_token(model, dtype, config.quant_policy)
     available = max(free - activations, 0)
+    copies, largest_copy = copy_bytes
+    if copies > _COPY_SHARE * available * _pool_share(config.cache_max_entry_count):
+        copies, activations = 0, activations + largest_copy
+    available = max(available - (copies or largest_copy), 0)
     num_blocks = _num_blocks(config.cache_max_entry_count, available, block_bytes, device)
     if config.cache_max_entry_count is None:
         num_blocks = min(num_blocks, max(max_batch_size * -(-session_len // config.block_size), _MIN_BLOCKS))
@@ -85,7 +96,7 @@ def plan_memory(
     if fitting < session_len:
         get_logger().warning("session_len is cut from %d to %d: the KV cache holds no more", session_len, fitting)
         session_len = fitting
-    return MemoryPlan(total, weight_bytes, activations, block_bytes, num_blocks, config.block_size, session_len)
+    return MemoryPlan(total, weight_bytes, activations, block_bytes, num_blocks, config.block_size, session_len, copies)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
@@ -119,6 +130,11 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, reques
     qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = max(model.hidden_size, 2 * model.intermediate_size, 2 * qkv_size)
     return tokens * (2 * model.hidden_size + 2 * widest) * dtype.itemsize + requests * model.vocab_size * 16
+
+
+def _pool_share(count: float | None) -> float:
+    """The share of the available memory that blocks may take."""
+    return count if count is not None and count < 1 else _DEFAULT_SHARE
 
 
 def _num_blocks(share: float | None, available: int, block_bytes: int, device: torch.device) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmdeploy.engine.batch import Batch
 from lmdeploy.engine.request import RequestOutput
 from lmdeploy.engine.scheduler import Scheduled
 from lmdeploy.engine.state import RequestState
@@ -43,7 +42,7 @@ class Report:
 
 
 def make_reports(
-    model: CausalLM, batch: Batch, hidden_states: Tensor, raw_logits: Tensor | None, tokens: Tensor
+    model: CausalLM, entries: list[Scheduled], hidden_states: Tensor, raw_logits: Tensor | None, tokens: Tensor
 ) -> dict[str, Report]:
     """The reports of a step's entries, by request id.
 
@@ -51,7 +50,7 @@ def make_reports(
     """
     reports = {}
     start, sample_row = 0, 0
-    for entry in batch.entries:
+    for entry in entries:
         rows = hidden_states[start : start + entry.num_tokens]
         report = _report_positions(model, entry, rows)
         if entry.samples and raw_logits is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lmdeploy.kernels import cpu
@@ -21,26 +24,49 @@ from lmdeploy.kernels.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from lmdeploy.kernels.reference.attention import Blocks
+    from lmdeploy.kernels.reference.decode_inputs import DecodeInputs
     from lmdeploy.layers.context import ForwardContext
 
 __all__ = [
     "activate",
     "apply_rope",
+    "argmax",
     "gated_activation",
     "latent_store_attend",
     "paged_attention",
+    "prepare_decode",
     "rms_norm",
     "rope_store_attend",
     "routed_mlp",
     "store_kv",
     "store_rotate_attend",
+    "store_tokens",
 ]
+
+
+_GPU_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def runs_on_gpu(x: Tensor) -> bool:
+    """Whether the GPU's own kernels take activations like x. In float32 the twins run: they are exact."""
+    return x.is_cuda and x.dtype in _GPU_DTYPES and has_gpu_kernels()
+
+
+@functools.cache
+def has_gpu_kernels() -> bool:
+    """Whether the Triton kernels run here: Triton is there, and the GPU has its matrix instructions (Ampere or newer)."""
+    has_triton = find_spec("triton") is not None
+    return has_triton and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x / rms(x) * (offset + weight) over the last dimension."""
     if cpu.can_run(x):
         return cpu.rms_norm(x, weight, eps, offset)
+    if runs_on_gpu(x):
+        from lmdeploy.kernels.triton import norm
+
+        return norm.rms_norm(x, weight, eps, offset)
     return basic.rms_norm(x, weight, eps, offset)
 
 
@@ -48,6 +74,10 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up: [T, 2 I] -> [T, I], gate in the first half."""
     if cpu.can_run(gate_up):
         return cpu.gated_activation(gate_up, activation)
+    if runs_on_gpu(gate_up):
+        from lmdeploy.kernels.triton import activation as gpu
+
+        return gpu.gated_activation(gate_up, activation)
     return basic.gated_activation(gate_up, activation)
 
 
@@ -67,3 +97,32 @@ def rope_store_attend(
     if isinstance(keys, Tensor) and isinstance(values, Tensor) and cpu.can_run(qkv) and cpu.supports(spec, qkv.dtype):
         return cpu.rope_store_attend(qkv, cos, sin, keys, values, ctx, spec)
     return attention.rope_store_attend(qkv, cos, sin, keys, values, ctx, spec)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The first largest logit of each row, [R, V] -> [R] int64; -1 where the largest is not finite or one is NaN."""
+    if logits.is_cuda and has_gpu_kernels():
+        from lmdeploy.kernels.triton import sampling
+
+        return sampling.argmax(logits)
+    tokens = logits.argmax(dim=-1)
+    is_valid = logits.gather(1, tokens[:, None])[:, 0].isfinite()  # argmax prefers NaN to any number
+    return tokens.where(is_valid, -1)
+
+
+def prepare_decode(rows: Tensor, last_tokens: Tensor, tables: Tensor, block_size: int, out: DecodeInputs) -> None:
+    """Fill the inputs of a decode step. Arguments as in the reference."""
+    if rows.is_cuda and has_gpu_kernels():
+        from lmdeploy.kernels.triton import decode_inputs
+    else:
+        from lmdeploy.kernels.reference import decode_inputs  # type: ignore[no-redef]
+    decode_inputs.prepare_decode(rows, last_tokens, tables, block_size, out)
+
+
+def store_tokens(rows: Tensor, tokens: Tensor, last_tokens: Tensor) -> None:
+    """Keep the sampled tokens for the next step. Arguments as in the reference."""
+    if rows.is_cuda and has_gpu_kernels():
+        from lmdeploy.kernels.triton import decode_inputs
+    else:
+        from lmdeploy.kernels.reference import decode_inputs  # type: ignore[no-redef]
+    decode_inputs.store_tokens(rows, tokens, last_tokens)

@@ -26,7 +26,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [T, K]; residual and result: [T, N]."""
+        """x: [T, K]; residual and result: [T, N]. The result may take the residual's place: it is not to be used again."""
         return self.method.apply(self, x, residual=residual)
 
     def logits(self, x: Tensor) -> Tensor:

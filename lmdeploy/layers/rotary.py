@@ -62,7 +62,7 @@ class Rotary:
         self._tables = self.cos_sin(positions, positions)
 
     def _step_tables(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        self.reserve(max(ctx.context_lens_host), ctx.positions.device)
+        self.reserve(max(ctx.context_lens_host, default=0), ctx.positions.device)
         assert self._tables is not None
         cos, sin = self._tables
         return cos[ctx.positions], sin[ctx.positions]

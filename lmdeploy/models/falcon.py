@@ -32,7 +32,7 @@ class FalconParallelLayer(nn.Module):
             self.awq_groups = (*one_each, values)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        attended = self.self_attn(x, self.input_layernorm, ctx, residual=x)
+        attended = self.self_attn(x, self.input_layernorm, ctx, residual=x.clone())  # the MLP reads x, too
         return self.mlp(x, self.mlp_layernorm or self.input_layernorm, residual=attended)
 
 

@@ -85,6 +85,15 @@ class AffineMethod(LinearMethod):
         rows: Tensor = self.kernels.embed(ids, self.packed, self.dtype)
         return rows if self.columns is None else torch.empty_like(rows).index_copy_(1, self.columns, rows)
 
+    @property
+    def copy_bytes(self) -> int:
+        """What `keep_copy` would take; 0 where no kernel uses a copy."""
+        return 2 * self.packed.n * self.packed.k if hasattr(self.packed, "keep_copy") else 0
+
+    def keep_copy(self) -> None:
+        """Keep the weight in 16 bits, too, for steps of many tokens."""
+        self.packed.keep_copy(self.dtype)
+
     def dense_weight(self, linear: Linear) -> Tensor:
         q, scales, mins = self.kernels.unpack(self.packed)
         return AffineTensor(q, scales, mins, self.packed.bits, self.columns).dequantize(self.dtype)
@@ -101,6 +110,11 @@ def kernel_groups(weight: AffineTensor) -> AffineTensor:
 
 def choose_kernels(weight: AffineTensor, dtype: torch.dtype) -> ModuleType:
     """The fastest module with pack, unpack, linear, gated_mlp and embed for this weight [N, K] where it lies."""
+    if weight.q.is_cuda:
+        from lmdeploy.kernels.cuda import affine as cuda_affine
+
+        if cuda_affine.supports(*weight.shape, weight.group_size, weight.bits, dtype, weight.q.device):
+            return cuda_affine
     if weight.q.device.type == "cpu" and dtype == torch.bfloat16 and weight.group_size in _KERNEL_GROUP_SIZES:
         if cpu.is_available():
             return cpu

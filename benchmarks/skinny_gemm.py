@@ -1,0 +1,258 @@
+"""The GPU's products of few tokens: checked against float64, timed, and tuned.
+
+    python -m benchmarks.skinny_gemm --out FOLDER [--tune SECONDS]
+
+Times are replays of CUDA graphs over weights that exceed the L2 cache. The floor is the weight's bytes at the bandwidth
+that a large read reaches here. `--tune` searches tilings and writes FOLDER/tilings.json in the form that
+lmdeploy/kernels/cuda/tilings_*.json have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lmdeploy.bench.roofline import measure_read_bandwidth
+from lmdeploy.kernels.cuda import skinny_gemm as sg
+from lmdeploy.kernels.cuda.nvrtc import KernelError, cubin
+from lmdeploy.kernels.reference.basic import gated_activation, rms_norm
+from lmdeploy.quantization.packing import AffineTensor
+
+DEVICE = torch.device("cuda")
+# (n, k, gated) of InternLM2-7B and Qwen2.5-1.5B: qkv, o, gate and up, down.
+SHAPES = [(6144, 4096, 0), (4096, 4096, 0), (28672, 4096, 1), (4096, 14336, 0)]
+SHAPES += [(2048, 1536, 0), (1536, 1536, 0), (17920, 1536, 1), (1536, 8960, 0)]
+HEADS = [(92544, 4096, 0), (151936, 1536, 0)]
+TOKENS = {4: (1, 2, 4, 8, 16, 32, 64), 16: (1, 2, 4, 8, 16)}
+_ROTATED_BYTES = 200 << 20
+
+
+def make_weight(n: int, k: int, bits: int, group: int = 128, zeros: bool = True, dtype: torch.dtype = torch.bfloat16):
+    """A random weight and the float32 matrix that it stands for."""
+    if bits == 16:
+        dense = (torch.randn(n, k, device=DEVICE) * k**-0.5).to(dtype)
+        return sg.Weight(dense, n, k), dense.float()
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
+    scales = ((torch.rand(n, k // group, device=DEVICE) + 0.5) * 0.2 * k**-0.5).half().float()
+    z = torch.randint(0, 16, (n, k // group), dtype=torch.uint8, device=DEVICE)
+    mins = -z.float() * scales if zeros else (-7.5 * scales).half().float()
+    return sg.pack(q, scales, mins, z if zeros else None), AffineTensor(q, scales, mins, 4).dequantize(torch.float32)
+
+
+def check(number: int) -> float:
+    """One random case; the relative error by norm. Raises AssertionError on a wrong one."""
+    draw = random.Random(number)
+    bits, dtype = draw.choice((4, 4, 4, 16)), draw.choice((torch.bfloat16, torch.float16))
+    n, k = 16 * draw.choice((1, 3, 12, 40, 130, 384)), 128 * draw.choice((2, 3, 5, 8, 16, 39))
+    m = draw.choice((1, 2, 3, 4, 7, 8, 9, 16, 17, 32, 40, 64))
+    gated = draw.random() < 0.3
+    n = n * 2 if gated else n - draw.choice((0, 0, 8, 3))
+    group, zeros = draw.choice((128, 128, 64, 32)), draw.random() < 0.6
+    torch.manual_seed(number)
+    w, dense = make_weight(n, k, bits, group, zeros, dtype)
+    x = torch.randn(m, k, device=DEVICE).to(dtype)
+    norm = (torch.rand(k, device=DEVICE) + 0.5).to(dtype) if m <= 8 and draw.random() < 0.5 else None
+    bias = torch.randn(n, device=DEVICE).to(dtype) if draw.random() < 0.4 else None
+    residual = torch.randn(m, n, device=DEVICE).to(dtype) if not gated and draw.random() < 0.4 else None
+    activation = draw.choice(sg.ACTIVATIONS) if gated else None
+    out_dtype = torch.float32 if draw.random() < 0.2 else None
+    offset = draw.choice((0.0, 1.0))
+    wide = x.double() if norm is None else rms_norm(x.float(), norm.float(), 1e-5, offset).double()
+    expected = wide @ dense.double().T + (0 if bias is None else bias.double())
+    if activation:
+        expected = gated_activation(expected, activation)
+    if residual is not None:
+        expected = expected + residual.double()
+    tiling = draw.choice([None, *candidates(n, k, m, w.unit_bytes, gated, norm is not None, 4, draw)])
+    arguments = {"bias": bias, "residual": residual, "activation": activation, "out_dtype": out_dtype, "tiling": tiling}
+    if norm is not None:
+        arguments.update(norm_weight=norm, norm_eps=1e-5, norm_offset=offset)
+    outs = []
+    for _ in range(2):
+        guarded = torch.full((m + 2, n // 2 if gated else n), float("nan"), device=DEVICE, dtype=out_dtype or dtype)
+        sg.skinny_gemm(x, w, out=guarded[1:-1], **arguments)
+        torch.cuda.synchronize()
+        assert guarded[0].isnan().all() and guarded[-1].isnan().all(), "wrote outside"
+        outs.append(guarded[1:-1])
+    assert torch.equal(*outs), "not deterministic"
+    error = ((outs[0].double() - expected).norm() / expected.norm()).item()
+    case = f"{number}: bits {bits} {dtype} m {m} n {n} k {k} group {group} zeros {zeros} {tiling} {arguments.keys()}"
+    assert error < 1e-2, f"error {error:.2e} in {case}"
+    if bits == 4:
+        wanted = dense.to(dtype)
+        assert (sg.dequantize(w, dtype).float() - wanted.float()).abs().max() <= 1e-2 * wanted.float().abs().max()
+    return error
+
+
+def candidates(n: int, k: int, m: int, unit: int, gated: bool, norm: bool, count: int, draw: random.Random):
+    """Random tilings that fit."""
+    tiles = -(-n // 16) // (2 if gated else 1)
+    token_tiles = 1 if m <= 8 else 2 if m <= 16 else 4 if m <= 32 else 8
+    found: list[sg.Tiling] = []
+    for _ in range(4000):
+        if len(found) == count:
+            break
+        rows = draw.choice((2, 4, 8) if gated else (1, 2, 4, 8))
+        wn, wk = draw.choice((1, 1, 2, 4, 8)), draw.choice((1, 2, 4, 8, 16))
+        stages, cluster, minb = draw.choice((1, 2, 3, 4)), draw.choice((1, 1, 1, 2, 4)), draw.choice((1, 1, 2))
+        xs = draw.choice((0, 3, 4)) if m > 8 and not norm else 0
+        per_block = rows // (2 if gated else 1) * wn
+        if not 4 <= wn * wk <= 16 or rows * token_tiles > 32 or k // 128 < cluster * wk:
+            continue
+        smem = max(wn * wk * stages * rows * unit + xs * wk * token_tiles * 8 * 320, wn * wk * rows * token_tiles * 512)
+        if smem > 220_000 // minb or (minb == 2 and wn * wk == 16 and rows * token_tiles > 8):
+            continue
+        fewest = -(-tiles // per_block)
+        waves = max(1, round(fewest * cluster / (132 * minb)))
+        blocks = draw.choice(
+            (fewest, max(fewest, 132 * minb * waves // cluster), max(fewest, min(tiles, 132 // cluster)))
+        )
+        tiling = sg.Tiling(rows, wn, wk, stages, cluster, min(blocks, tiles), minb, xs, draw.choice((0, 0, 2)))
+        if -(-tiles // tiling.row_blocks) <= per_block and tiling not in found:
+            found.append(tiling)
+    return found
+
+
+def graph_time_us(work: Callable[[], None], calls: int, repeats: int = 9) -> float:
+    """Median time of one of `calls` calls inside a replayed graph."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2] * 1e3 / calls
+
+
+def measure(
+    weights: list[sg.Weight], m: int, gated: bool, norm: bool, residual: bool, tiling: sg.Tiling | None
+) -> float:
+    n, k = weights[0].n, weights[0].k
+    x = torch.randn(m, k, device=DEVICE).bfloat16()
+    out = torch.zeros(m, n // 2 if gated else n, device=DEVICE, dtype=torch.bfloat16)
+    more = {"norm_weight": torch.ones(k, device=DEVICE).bfloat16(), "norm_eps": 1e-5} if norm and m <= 8 else {}
+
+    def work() -> None:
+        for w in weights:
+            sg.skinny_gemm(
+                x,
+                w,
+                activation="silu" if gated else None,
+                residual=out if residual else None,
+                out=out,
+                tiling=tiling,
+                **more,
+            )
+
+    return graph_time_us(work, len(weights))
+
+
+def build(w: sg.Weight, m: int, gated: bool, norm: bool, residual: bool, tilings: list[sg.Tiling]) -> list[sg.Tiling]:
+    """Compile in parallel; those that compile."""
+
+    def one(tiling: sg.Tiling) -> bool:
+        epilogue = 2 if gated else int(residual)
+        variant = sg.choose_variant(
+            w, m, torch.bfloat16, epilogue, "silu" if gated else None, False, norm and m <= 8, 0.0, False, tiling
+        )
+        try:
+            cubin("skinny_gemm.cu", variant.macros(True), sg._arch())
+        except KernelError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        return [tiling for tiling, is_fine in zip(tilings, pool.map(one, tilings), strict=True) if is_fine]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--checks", type=int, default=150)
+    parser.add_argument("--bits", type=int, nargs="*", default=(4, 16))
+    args = parser.parse_args()
+    bandwidth = measure_read_bandwidth(DEVICE)
+    started, errors, failures = time.monotonic(), [], []
+    for number in range(args.checks):
+        try:
+            errors.append(check(number))
+        except (AssertionError, KernelError, RuntimeError) as error:
+            failures.append(str(error)[:600])
+            if "illegal" in str(error):
+                break
+    print(f"{len(errors)} checks fine, worst error {max(errors, default=0):.1e}, {time.monotonic() - started:.0f} s")
+    for failure in failures[:12]:
+        print("BAD", failure)
+    if failures and args.tune == 0:
+        raise SystemExit(1)
+    rows, tilings = [], {}
+    jobs = [(b, s, m) for b in args.bits for s in (SHAPES + HEADS if b == 16 else SHAPES) for m in TOKENS[b]]
+    deadline = time.monotonic() + args.tune
+    for index, (bits, (n, k, gated), m) in enumerate(jobs):
+        norm, residual = n in (6144, 2048, 28672, 17920), n in (4096, 1536)
+        first, _ = make_weight(n, k, bits)
+        count = max(1, -(-_ROTATED_BYTES // first.data.nbytes))
+        weights = [first] + [sg.Weight(first.data.clone(), n, k, bits, 128, True) for _ in range(count - 1)]
+        row = {"bits": bits, "n": n, "k": k, "m": m, "us": measure(weights, m, bool(gated), norm, residual, None)}
+        row["floor_us"] = first.data.nbytes / bandwidth * 1e6
+        best = sg.choose_tiling(n, k, m, bits, first.unit_bytes, bool(gated), norm and m <= 8)
+        if args.tune and time.monotonic() < deadline:
+            draw = random.Random(f"{bits} {n} {k} {m}")
+            budget = max(
+                4, int(28 * min(1.0, (deadline - time.monotonic()) / args.tune * len(jobs) / (len(jobs) - index)))
+            )
+            tried = candidates(n, k, m, first.unit_bytes, bool(gated), norm and m <= 8, budget, draw)
+            shortest = row["us"]
+            for tiling in build(first, m, bool(gated), norm, residual, tried):
+                try:
+                    us = measure(weights, m, bool(gated), norm, residual, tiling)
+                except (KernelError, RuntimeError) as error:
+                    if "illegal" in str(error):
+                        raise
+                    continue
+                if us < shortest * 0.985:
+                    shortest, best = us, tiling
+            row["tuned_us"] = shortest
+        if bits == 16:
+            dense, x = weights, torch.randn(m, k, device=DEVICE).bfloat16()
+            row["cublas_us"] = graph_time_us(lambda: [torch.mm(x, w.data.T) for w in dense], count)  # noqa: B023
+        t = best
+        tilings[f"{bits}:{n}x{k}:{m}"] = [
+            t.row_tiles, t.warps_n, t.warps_k, t.stages, t.cluster, t.row_blocks, t.blocks_per_sm, t.x_stages, t.trigger,
+        ]  # fmt: skip
+        rows.append(row)
+        print(
+            " ".join(
+                f"{name}={value:.2f}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items()
+            ),
+            flush=True,
+        )
+        del weights
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "skinny_gemm.json").write_text(json.dumps({"bandwidth": bandwidth, "rows": rows, "failures": failures}))
+    body = ",\n".join(f' "{name}": {json.dumps(values)}' for name, values in tilings.items())
+    (args.out / "tilings.json").write_text("{\n" + body + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

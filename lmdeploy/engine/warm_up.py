@@ -1,0 +1,52 @@
+"""What a GPU engine does once before its first request: weights copied, tables made, decode steps captured, kernels built."""
+
+from __future__ import annotations
+
+import torch
+
+from lmdeploy.engine.runner import Runner
+from lmdeploy.layers.linear import Linear
+from lmdeploy.logging import get_logger
+from lmdeploy.models.base import CausalLM
+from lmdeploy.quantization.affine import AffineMethod
+
+_FIRST_SIZES = (1, 2, 4, 8)
+
+
+def copy_bytes(model: CausalLM) -> int:
+    """What 16-bit copies of all quantized weights would take that have a use for one."""
+    return sum(method.copy_bytes for method in _copied_methods(model))
+
+
+def largest_copy_bytes(model: CausalLM) -> int:
+    """What the copy of one weight takes while a step uses it."""
+    return max((method.copy_bytes for method in _copied_methods(model)), default=0)
+
+
+def keep_copies(model: CausalLM) -> None:
+    """Make and keep the copies of `copy_bytes`."""
+    for method in _copied_methods(model):
+        method.keep_copy()
+
+
+def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
+    """Capture the decode steps of the first sizes and of the largest; a model that cannot be captured runs without."""
+    model = runner.model
+    for rotary in {model.rotary, model.local_rotary} - {None}:
+        rotary.reserve(session_len, runner.kv_cache.data.device)  # type: ignore[union-attr]
+    runner.use_graphs(max_batch_size)
+    assert runner.graphs is not None
+    sizes = sorted({size for size in _FIRST_SIZES if size <= max_batch_size} | {max_batch_size}, reverse=True)
+    try:
+        for size in sizes:
+            runner.graphs.capture(size, keeps_logits=False)
+        runner.graphs.capture(max_batch_size, keeps_logits=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        runner.graphs = None
+        get_logger().warning("decode steps of %s run without CUDA graphs: %s", model.config.architecture, error)
+    torch.cuda.synchronize()
+
+
+def _copied_methods(model: CausalLM) -> list[AffineMethod]:
+    methods = (module.method for module in model.modules() if isinstance(module, Linear))
+    return [method for method in methods if isinstance(method, AffineMethod) and method.copy_bytes]

@@ -1,0 +1,130 @@
+"""Linear layers over 4-bit weights on the GPU: few tokens multiply the packed weight, many a 16-bit copy of it.
+
+The copy is made for each product, or kept where memory allows it. Functions as in kernels/reference/affine.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kernels.cuda import dense, skinny_gemm
+from lmdeploy.kernels.cuda.skinny_gemm import MAX_TOKENS, Weight
+
+_GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(eq=False)
+class PackedAffine:
+    """A packed weight [n, k]. copy: the same in 16 bits [n, k], if it is kept."""
+
+    weight: Weight
+    copy: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        """Output features."""
+        return self.weight.n
+
+    @property
+    def k(self) -> int:
+        """Input features."""
+        return self.weight.k
+
+    @property
+    def bits(self) -> int:
+        """Bits of an integer."""
+        return self.weight.bits
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weight, without the copy."""
+        return self.weight.data.nbytes
+
+    def keep_copy(self, dtype: torch.dtype) -> None:
+        """Make the copy and keep it."""
+        self.copy = skinny_gemm.dequantize(self.weight, dtype)
+
+
+def supports(n: int, k: int, group_size: int, bits: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether these functions take such a weight."""
+    return bits == 4 and group_size in _GROUP_SIZES and skinny_gemm.supports(n, k, dtype, device)
+
+
+def pack(q: Tensor, scales: Tensor, mins: Tensor, bits: int) -> PackedAffine:
+    """q: uint8 [N, K], one value each, below 16; scales, mins: [N, G] float32."""
+    return PackedAffine(skinny_gemm.pack(q, scales, mins, _integer_zeros(scales, mins)))
+
+
+def unpack(w: PackedAffine) -> tuple[Tensor, Tensor, Tensor]:
+    """q uint8 [N, K], scales and mins float32 [N, G], rounded to float16 as they are stored."""
+    return skinny_gemm.unpack(w.weight)
+
+
+def linear(
+    x: Tensor,
+    w: PackedAffine,
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """rms_norm(x) W^T + bias + residual, [M, K] -> [M, N]; the result may take the residual's place."""
+    if len(x) <= MAX_TOKENS:
+        x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
+        return skinny_gemm.skinny_gemm(
+            x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
+        )
+    x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+    return dense.matmul(x, _copy(w, x.dtype), bias, residual, out_dtype)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_up: PackedAffine,
+    down: PackedAffine,
+    activation: str,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """down(activation(gate) * up) + residual with gate | up = gate_up(rms_norm(x)): [M, C] -> [M, C]."""
+    if len(x) <= MAX_TOKENS and gate_up.n % 32 == 0:
+        x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
+        hidden = skinny_gemm.skinny_gemm(x, gate_up.weight, activation=activation, **fused)
+    else:
+        from lmdeploy.kernels import gated_activation
+
+        norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
+        hidden = gated_activation(linear(x, gate_up, **norm), activation)  # type: ignore[arg-type]
+    return linear(hidden, down, residual=residual)
+
+
+def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
+    """Rows ids [T] of the weight: [T, K] in dtype."""
+    if w.copy is not None:
+        return w.copy[ids]
+    weight = w.weight
+    tiles = weight.data[:, ids // 16].contiguous()
+    q, scales, mins = skinny_gemm.unpack(Weight(tiles, len(ids) * 16, weight.k, 4, weight.group_size, weight.has_zeros))
+    rows = torch.arange(len(ids), device=ids.device) * 16 + ids % 16
+    wide = q[rows].float().unflatten(-1, (-1, weight.group_size))
+    return (wide * scales[rows, :, None] + mins[rows, :, None]).flatten(-2).to(dtype)
+
+
+def _copy(w: PackedAffine, dtype: torch.dtype) -> Tensor:
+    return skinny_gemm.dequantize(w.weight, dtype) if w.copy is None else w.copy
+
+
+def _integer_zeros(scales: Tensor, mins: Tensor) -> Tensor | None:
+    """The zeros [N, G] uint8 of which the minima are multiples, if they are integers of 4 bits."""
+    zeros = torch.where(scales == 0, 0.0, torch.round(-mins / scales))
+    fits = (zeros >= 0) & (zeros <= 15) & ((zeros * scales + mins).abs() <= 1e-5 * mins.abs())
+    return zeros.to(torch.uint8) if bool(fits.all()) else None

@@ -1,0 +1,100 @@
+"""Loads cubins and launches their kernels through the CUDA driver, with the attributes that torch does not offer."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kernels.cuda.nvrtc import KernelError
+
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+_DEFAULT_SHARED_BYTES = 40 << 10
+
+Argument = Tensor | int | float | None
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+class Kernel:
+    """A kernel of a cubin in torch's current context, with a fixed block, cluster and dynamic shared memory.
+
+    overlaps: the kernel waits for its predecessor itself (griddepcontrol.wait) and may be started before that has ended.
+    """
+
+    def __init__(
+        self, cubin: bytes, name: str, *, threads: int, shared_bytes: int = 0, cluster: int = 1, overlaps: bool = False
+    ) -> None:
+        torch.cuda.current_stream()  # a context must exist before a module is loaded
+        torch.cuda.init()
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        driver = _driver()
+        _check(driver.cuModuleLoadData(ctypes.byref(self._module), cubin), "cuModuleLoadData")
+        _check(driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), name)
+        if shared_bytes > _DEFAULT_SHARED_BYTES:
+            _check(
+                driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
+                f"{shared_bytes} bytes of shared memory",
+            )
+        self._attributes = (_Attribute * 2)()
+        count = 0
+        if cluster > 1:
+            self._attributes[count].id = _CLUSTER_DIMENSION
+            for axis, size in enumerate((cluster, 1, 1)):
+                self._attributes[count].value[axis] = size
+            count += 1
+        if overlaps:
+            self._attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
+            self._attributes[count].value[0] = 1
+            count += 1
+        self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, self._attributes, count)
+
+    def __call__(self, blocks: int, arguments: Sequence[Argument]) -> None:
+        """Launch on torch's current stream: tensors as pointers, None as the null pointer, int32, float32."""
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        self._config.grid[0] = blocks
+        self._config.stream = torch.cuda.current_stream().cuda_stream
+        _check(
+            _driver().cuLaunchKernelEx(ctypes.byref(self._config), self._function, pointers, None), "cuLaunchKernelEx"
+        )
+
+
+def _value(argument: Argument) -> ctypes._SimpleCData[int] | ctypes._SimpleCData[float] | ctypes.c_void_p:
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"the CUDA driver cannot be loaded: {error}") from None
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise KernelError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
