@@ -175,7 +175,7 @@ def build(w: sg.Weight, m: int, gated: bool, norm: bool, residual: bool, tilings
             w, m, torch.bfloat16, epilogue, "silu" if gated else None, False, norm and m <= 8, 0.0, False, tiling
         )
         try:
-            cubin("skinny_gemm.cu", variant.macros(True), sg._arch())
+            cubin("skinny_gemm.cu", variant.macros(True), sg.arch())
         except KernelError:
             return False
         return True

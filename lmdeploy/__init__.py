@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TurbomindEngineConfig,
         VisionConfig,
     )
+    from lmdeploy.serve.launch import client, serve
     from lmdeploy.tokenizer import Tokenizer
 
 __all__ = [
@@ -34,15 +35,24 @@ __all__ = [
     "TurbomindEngineConfig",
     "VisionConfig",
     "__version__",
+    "client",
     "pipeline",
+    "serve",
 ]
 
-_HOMES = {"Pipeline": "lmdeploy.api", "pipeline": "lmdeploy.api", "Tokenizer": "lmdeploy.tokenizer"}
+_HOMES = {
+    "Pipeline": "lmdeploy.api",
+    "pipeline": "lmdeploy.api",
+    "Tokenizer": "lmdeploy.tokenizer",
+    "client": "lmdeploy.serve.launch",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "serve":  # the package of that name, which can be called
+        return import_module("lmdeploy.serve")
     value = getattr(import_module(_HOMES.get(name, "lmdeploy.messages")), name)
     globals()[name] = value
     return value

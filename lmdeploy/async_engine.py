@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import queue
+import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -61,6 +62,8 @@ class AsyncEngine:
         self.chat_template = chat_template
         self.generation_defaults = generation_defaults
         self._max_log_len = max_log_len
+        self._has_vocabulary = False
+        self._vocabulary_lock = threading.Lock()
         self._end_ids = [*client.info.eos_token_ids, *tokenizer.eos_token_ids]
         template_ids = chat_template.stop_token_ids(tokenizer)
         self.end_token_ids: list[int] = list(dict.fromkeys([*self._end_ids, *template_ids]))
@@ -130,8 +133,11 @@ class AsyncEngine:
         request_id: str | None = None,
         cache_salt: str = "",
         is_streaming: bool = True,
+        admit: Callable[[int], None] | None = None,
     ) -> AsyncGenerator[Response, None]:
         """Answer one prompt, or its input_ids; Response.index is the answer's number, 0 to n - 1.
+
+        admit: called with the number of prompt tokens before the engine gets them; what it raises refuses the request.
 
         Raises RequestError before the first Response if the request is refused, and EngineDead. Closing the iterator, or
         cancelling the task that runs it, aborts the request.
@@ -160,7 +166,10 @@ class AsyncEngine:
             is_streaming=is_streaming,
         )
         try:
-            for answer in await asyncio.to_thread(prepare):  # a long prompt must not hold up the event loop
+            answers = await asyncio.to_thread(prepare)  # a long prompt must not hold up the event loop
+            if admit is not None:
+                admit(len(answers[0].request.prompt_ids))
+            for answer in answers:
                 self._submit(answer, active, deliver)
             while active:
                 if response := self._receive(await inbox.get(), active):
@@ -213,9 +222,11 @@ class AsyncEngine:
         sampling = sampling_params(
             config,
             self.tokenizer,
-            end_token_ids=self.end_token_ids if is_rendered else self._end_ids,
+            end_token_ids=self.end_token_ids if is_rendered or config.response_format else self._end_ids,
             max_new_tokens=max(self.client.info.session_len - len(ids), 1),
         )
+        if sampling.grammar is not None:
+            self._load_vocabulary()
         answers = []
         for number in range(config.n):
             seed = None if sampling.seed is None else sampling.seed + number
@@ -234,6 +245,18 @@ class AsyncEngine:
                 )
             )
         return answers
+
+    def _load_vocabulary(self) -> None:
+        """Tell the engine the tokens' bytes, once; most engines never need them."""
+        with self._vocabulary_lock:
+            if not self._has_vocabulary:
+                from lmdeploy.engine.guided import GuidedVocabulary
+
+                tokenizer = self.tokenizer
+                tokens = [tokenizer.token_to_bytes(i) for i in range(tokenizer.vocab_size)]
+                special = sorted(tokenizer.special_tokens.values())
+                self.client.load_vocabulary(GuidedVocabulary(tokens, special, self.end_token_ids))
+                self._has_vocabulary = True
 
     def _start(
         self,
@@ -303,6 +326,10 @@ def open_engine(
     tokenizer = Tokenizer.from_path(path)
     if chat_template_config is None and hub.is_builtin(model_path):
         chat_template_config = ChatTemplateConfig(model_name=_BUILTIN_CHAT_TEMPLATE)
+    if (path / "config.ini").exists():
+        from lmdeploy.workspace_settings import with_workspace
+
+        config, chat_template_config = with_workspace(path, config, chat_template_config)
     template = choose_chat_template(path, tokenizer, _hf_config(path), chat_template_config)
     return AsyncEngine(path, start(path, config), tokenizer, template, read_defaults(path, defaults), max_log_len)
 

@@ -70,3 +70,33 @@ def package_index_url() -> str:
 def tls_files() -> tuple[str | None, str | None]:
     """SSL_KEYFILE and SSL_CERTFILE: what a server started with --ssl shows its clients."""
     return os.environ.get("SSL_KEYFILE"), os.environ.get("SSL_CERTFILE")
+
+
+def api_key() -> str | None:
+    """LMDEPLOY_API_KEY: the key that the clients of a server show, where no flag gives one."""
+    return os.environ.get("LMDEPLOY_API_KEY") or None
+
+
+def aiohttp_timeout_s() -> float | None:
+    """AIOHTTP_TIMEOUT: seconds of silence that a proxy bears from a server in the midst of a request; None: any."""
+    return _seconds("AIOHTTP_TIMEOUT", os.environ.get("AIOHTTP_TIMEOUT"))
+
+
+def heart_beat_expiration_s() -> float:
+    """LMDEPLOY_CONTROLLER_HEART_BEAT_EXPIRATION: seconds of silence after which a proxy forgets a server; 90 if unset."""
+    name = "LMDEPLOY_CONTROLLER_HEART_BEAT_EXPIRATION"
+    return _seconds(name, os.environ.get("LMDEPLOY_CONTROLLER_HEART_BEAT_EXPIRATION")) or 90.0
+
+
+def _seconds(name: str, text: str | None) -> float | None:
+    if not text:
+        return None
+    from lmdeploy.errors import ConfigError
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise ConfigError(f"{name}={text!r}: give a number of seconds above 0")
+    return seconds

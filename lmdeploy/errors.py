@@ -6,6 +6,7 @@
     ├── CheckpointError        weight or tokenizer files that are missing, broken or do not fit the config
     ├── RequestError           one request is at fault; it fails alone
     │   ├── InvalidParameter   a sampling parameter or prompt form out of bounds
+    │   ├── InvalidGrammar     a grammar, schema or regex that is malformed, too large, or asks for what there is not
     │   └── PromptTooLong      the prompt cannot fit session_len or the cache, even alone
     └── EngineDead             the engine has stopped; every waiter gets this
 
@@ -37,6 +38,10 @@ class RequestError(LMDeployError, ValueError):
 
 class InvalidParameter(RequestError):
     """A sampling parameter or a prompt that is malformed or out of bounds."""
+
+
+class InvalidGrammar(RequestError):
+    """A grammar, JSON schema or regular expression that cannot be enforced; the message names what is at fault."""
 
 
 class PromptTooLong(RequestError):

@@ -24,7 +24,7 @@ CHAT_DEFAULTS = GenerationConfig(max_new_tokens=None, temperature=0.7, top_p=0.9
 _SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 _GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 _NOT_SUPPORTED = (
-    "response_format", "logits_processors", "with_cache", "preserve_cache", "migration_request", "return_routed_experts",
+    "logits_processors", "with_cache", "preserve_cache", "migration_request", "return_routed_experts",
 )  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def sampling_params(
     for name, kinds in (("stop_token_ids", (list, tuple)), ("bad_token_ids", (list, tuple)), ("logit_bias", (dict,))):
         if not isinstance(getattr(config, name) or kinds[0](), kinds):
             raise InvalidParameter(f"{name}={getattr(config, name)!r}: give a {kinds[0].__name__}")
-    stop_ids = [] if config.ignore_eos else list(end_token_ids)
+    grammar = _grammar(config)
+    stop_ids = [] if config.ignore_eos and grammar is None else list(end_token_ids)
     stop_ids += config.stop_token_ids or []
     spelled = (single_token(tokenizer, word) for word in config.stop_words or [])
     stop_ids += [token for token in spelled if token is not None]
@@ -109,9 +110,23 @@ def sampling_params(
         repetition_ngram_threshold=config.repetition_ngram_threshold,
         logprobs=config.logprobs,
         prompt_logprobs=config.return_ppl,
+        grammar=grammar,
         return_logits=config.output_logits,
         return_hidden_states=config.output_last_hidden_state,
     )
+
+
+def _grammar(config: GenerationConfig) -> str | None:
+    if not config.response_format:
+        return None
+    from lmdeploy.grammar import grammar_of
+
+    grammar = grammar_of(config.response_format)
+    if grammar is not None and config.min_new_tokens:
+        raise InvalidParameter(
+            "min_new_tokens does not go with response_format: the grammar says where an answer may end"
+        )
+    return grammar
 
 
 def single_token(tokenizer: Tokenizer, word: str) -> int | None:

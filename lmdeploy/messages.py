@@ -34,7 +34,8 @@ class GenerationConfig:
 
     Greedy unless `do_sample` is set or one of temperature, top_p, top_k, min_p was given explicitly; temperature 0 is
     greedy. `max_new_tokens=None` means as many as fit session_len. `bad_words` and `stop_words` may be any text; stop
-    words are found across token boundaries.
+    words are found across token boundaries. response_format: what the answer has to be, as `lmdeploy.grammar` reads it:
+    json_object, json_schema, regex_schema or grammar.
     """
 
     n: int = 1

@@ -5,6 +5,7 @@ It speaks token ids to the engine and leaves text to the caller, as that version
 
 from __future__ import annotations
 
+import os
 import queue
 import uuid
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy.async_engine import AsyncEngine, open_engine
 from lmdeploy.chat_template import ChatTemplate
-from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.config import TRANSLATED, EngineConfig
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 from lmdeploy.errors import InvalidParameter
 from lmdeploy.messages import ChatTemplateConfig
@@ -34,7 +35,14 @@ class TurboMind:
     model: what 0.1 called so, the chat template with its get_prompt(text, sequence_start=True).
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(
+        self,
+        model_path: AsyncEngine | str | os.PathLike[str] | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As from_pretrained. model_path: also an engine that runs already."""
+        engine = model_path if isinstance(model_path, AsyncEngine) else _open(model_path, model_name, kwargs)
         self.engine = engine
         self.tokenizer: Tokenizer = engine.tokenizer
         self.model: ChatTemplate = engine.chat_template
@@ -44,19 +52,11 @@ class TurboMind:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | None = None, model_name: str | None = None, **kwargs: Any
     ) -> TurboMind:
-        """Load a model. model_name: its chat template's name, None for the model's own template; kwargs: engine settings
-        such as session_len, tp, cache_max_entry_count. Raises ConfigError, ModelNotSupported, CheckpointError.
+        """Load a model or a workspace. model_name: its chat template's name, None for the model's own, or the workspace's;
+        kwargs: engine settings such as session_len, tp, cache_max_entry_count. Raises ConfigError, ModelNotSupported,
+        CheckpointError.
         """
-        settings = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
-        config = merge_old_kwargs(None, settings)
-        engine = open_engine(
-            pretrained_model_name_or_path,
-            EngineConfig.from_public(config, enable_prefix_caching=True),  # a session's history is then read back
-            chat_template_config=None if model_name is None else ChatTemplateConfig(model_name=model_name),
-            revision=config.revision,
-            download_dir=config.download_dir,
-        )
-        return cls(engine)
+        return cls(pretrained_model_name_or_path, model_name, **kwargs)
 
     def create_instance(self) -> TurboMindInstance:
         """What generates; instances share the engine and the sessions."""
@@ -69,6 +69,20 @@ class TurboMind:
     def __del__(self) -> None:
         with suppress(Exception):  # the interpreter may be shutting down
             self.close()
+
+
+def _open(model_path: str | os.PathLike[str] | None, model_name: str | None, kwargs: dict[str, Any]) -> AsyncEngine:
+    settings = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
+    config = merge_old_kwargs(None, settings)
+    given = frozenset(TRANSLATED[name] for name in settings if name in TRANSLATED)
+    return open_engine(
+        None if model_path is None else os.fspath(model_path),
+        # With prefix caching a session's history is read back.
+        EngineConfig.from_public(config, given=given, enable_prefix_caching=True),
+        chat_template_config=None if model_name is None else ChatTemplateConfig(model_name=model_name),
+        revision=config.revision,
+        download_dir=config.download_dir,
+    )
 
 
 @dataclass

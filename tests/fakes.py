@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lmdeploy.engine.client import Deliver
+from lmdeploy.engine.guided import GuidedVocabulary
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.validation import EngineInfo, check_request
 from lmdeploy.errors import EngineDead
@@ -52,6 +53,7 @@ class FakeClient:
             eos_token_ids=list(eos_token_ids),
         )
         self.requests: list[Request] = []
+        self.vocabularies: list[GuidedVocabulary] = []
         self.aborted: list[str] = []
         self.max_active = 0
         self.is_closed = False
@@ -71,6 +73,9 @@ class FakeClient:
             self._active[request.request_id] = _Running(request, iter(self._script(request)), deliver)
             self.max_active = max(self.max_active, len(self._active))
             self._lock.notify()
+
+    def load_vocabulary(self, vocabulary: GuidedVocabulary) -> None:
+        self.vocabularies.append(vocabulary)
 
     def abort(self, request_id: str) -> None:
         with self._lock:
@@ -126,6 +131,8 @@ class FakeClient:
         output = RequestOutput(request.request_id, prompt_tokens=len(request.prompt_ids))
         if sampling.prompt_logprobs and running.count == 0:
             output.prompt_logprobs = [{token: -1.0 / (1 + token)} for token in request.prompt_ids[1:]]
+        if sampling.return_hidden_states == "all" and running.count == 0:
+            output.hidden_states = torch.tensor(request.prompt_ids)[:, None].expand(-1, 8).float()
         token = next(running.tokens, None) if running.count < sampling.max_new_tokens else None
         if token is None:
             output.finish_reason = "length"

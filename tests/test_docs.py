@@ -15,7 +15,7 @@ import pytest
 
 from lmdeploy.cli.main import make_parser
 from lmdeploy.cli.parser import Parser
-from lmdeploy.engine.config import _TRANSLATED, EngineConfig
+from lmdeploy.engine.config import TRANSLATED, EngineConfig
 from lmdeploy.errors import ConfigError, InvalidParameter
 from lmdeploy.generation import sampling_params
 from lmdeploy.logging import get_logger
@@ -32,6 +32,7 @@ BEGIN, END = "<!-- begin flags: written by `python -m tests.test_docs` -->\n", "
 ACTED_ON_BEFORE = {"revision", "download_dir", "model_name"}
 # A value, other than the default, where the type alone does not give a valid one.
 PROBES = {
+    "response_format": {"type": "json_object"},
     "dtype": "float32",
     "device_type": "cpu",
     "quant_policy": 8,
@@ -174,7 +175,7 @@ def engine_status(config: Any, name: str, notices: list[str]) -> str:
     if name in ACTED_ON_BEFORE:
         return "applies"
     changed = translated != EngineConfig.from_public() and not any("no effect" in text for text in notices)
-    return "applies" if changed and is_read(_TRANSLATED[name]) else "no effect"
+    return "applies" if changed and is_read(TRANSLATED[name]) else "no effect"
 
 
 def test_engine_settings(notices: list[str]) -> None:

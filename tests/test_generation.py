@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmdeploy.engine.request import SamplingParams
-from lmdeploy.errors import InvalidParameter
+from lmdeploy.errors import InvalidGrammar, InvalidParameter
 from lmdeploy.generation import CHAT_DEFAULTS, PIPELINE_DEFAULTS, effective_config, read_defaults, sampling_params
 from lmdeploy.messages import GenerationConfig
 from lmdeploy.tokenizer import Tokenizer
@@ -98,10 +98,22 @@ def test_no_limit_on_new_tokens_means_the_room_that_is_left(tokenizer: Tokenizer
     assert params(tokenizer, GenerationConfig(max_new_tokens=7)).max_new_tokens == 7
 
 
-@pytest.mark.parametrize("name", ["response_format", "logits_processors", "with_cache", "migration_request"])
+@pytest.mark.parametrize("name", ["logits_processors", "with_cache", "migration_request"])
 def test_what_is_not_there_yet_is_refused_by_name(tokenizer: Tokenizer, name: str) -> None:
     with pytest.raises(InvalidParameter, match=name):
         params(tokenizer, GenerationConfig(**{name: {"type": "json_object"}}))
+
+
+def test_a_response_format_becomes_a_grammar_that_ends_the_answer(tokenizer: Tokenizer) -> None:
+    form = {"type": "regex_schema", "regex_schema": "a+"}
+    sampling = params(tokenizer, GenerationConfig(response_format=form, ignore_eos=True))
+    assert "a+" in (sampling.grammar or "")
+    assert sampling.stop_token_ids == params(tokenizer, GenerationConfig()).stop_token_ids != ()
+    assert params(tokenizer, GenerationConfig(response_format={"type": "text"})).grammar is None
+    with pytest.raises(InvalidParameter, match="min_new_tokens"):
+        params(tokenizer, GenerationConfig(response_format=form, min_new_tokens=1))
+    with pytest.raises(InvalidGrammar, match="yaml"):
+        params(tokenizer, GenerationConfig(response_format={"type": "yaml"}))
 
 
 @pytest.mark.parametrize("words", ["stop", [""], [3]])

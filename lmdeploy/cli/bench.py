@@ -60,6 +60,12 @@ def _add_mode(parser: Parser) -> None:
     group.add_argument(
         "--profile", action="store_true", help="afterwards profile a prefill and 16 decode steps, on stderr"
     )
+    group.add_argument("--quant", metavar="FORMAT", help="4-bit random weights: awq or gptq (with a shape's name)")
+    group.add_argument("--kv", metavar="FORMAT", help="KV cache: int8, int4, k8v4, fp8 (as --quant-policy)")
+    group.add_argument(
+        "--preset", choices=("h100-table",), help="a fixed table of measurements of the shape MODEL, beside its peers"
+    )
+    group.add_argument("--only", metavar="SETTING", help="of the preset one setting, such as 'AWQ + KV int8'")
     add_engine_flags(parser)
 
 
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported: its pools are made then
 
     from lmdeploy import hub
+    from lmdeploy.bench.shapes import SHAPES, shape_folder, shape_overrides
     from lmdeploy.engine.client import ThreadClient
     from lmdeploy.engine.config import EngineConfig
 
@@ -76,9 +83,26 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
+    if args.kv is not None:
+        args.quant_policy = args.kv
+    if args.preset is not None:
+        return _run_preset(args)
+    is_shape = args.model in SHAPES and not os.path.exists(args.model)
+    if is_shape or args.quant is not None:
+        args.load_format = "dummy"
     public, overrides = engine_settings(args)
-    config = EngineConfig.from_public(public, **{**_just_enough(args), **overrides})
-    path = hub.resolve(args.model, revision=public.revision, download_dir=public.download_dir)
+    settings = {**_just_enough(args), **overrides}
+    if args.quant is not None:
+        settings["hf_overrides"] = {**(public.hf_overrides or {}), **(shape_overrides(args.quant) or {})}
+    config = EngineConfig.from_public(public, **settings)
+    if is_shape:
+        path = shape_folder(args.model)
+    else:
+        path = hub.resolve(args.model, revision=public.revision, download_dir=public.download_dir)
+    if (path / "config.ini").exists():
+        from lmdeploy.workspace_settings import with_engine_settings
+
+        config = with_engine_settings(path, config)
     tell(f"loading {path}")
     client = ThreadClient(path, config)
     try:
@@ -90,6 +114,21 @@ def run(args: argparse.Namespace) -> int:
         from lmdeploy.bench.profiling import profile_engine
 
         tell(profile_engine(path, config, args.prompt_tokens, args.batch_size))
+    return 0
+
+
+def _run_preset(args: argparse.Namespace) -> int:
+    import torch
+
+    from lmdeploy.bench.preset import PEERS, format_table, h100_table
+    from lmdeploy.errors import ConfigError
+
+    if args.model not in PEERS:
+        raise ConfigError(f"--preset {args.preset} measures the shapes {', '.join(PEERS)}, not {args.model!r}")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--preset {args.preset} needs a CUDA device; torch sees none")
+    table = h100_table(args.model, tell, args.only)
+    print(json.dumps(table) if args.json else format_table(table), flush=True)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +45,14 @@ def add_arguments(parser: Parser) -> None:
     )
     chat.add_argument("--system", metavar="TEXT", help="the system text; without it the template may bring its own")
     chat.add_argument("--single-line", action=argparse.BooleanOptionalAction, help="Enter ends a prompt")
-    sampling = parser.add_argument_group(
-        "sampling",
-        "default: the model's generation_config.json, else temperature 0.7 and top-p 0.95; from a pipe greedy",
-    )
+    add_sampling_flags(parser, "the model's generation_config.json, else temperature 0.7 and top-p 0.95")
+    add_engine_flags(parser, ENGINE_DEFAULTS)
+    add_speculative_flags(parser)
+
+
+def add_sampling_flags(parser: Parser, default: str) -> None:
+    """The flags that `generation_config` reads. default: what holds at a terminal where none is given."""
+    sampling = parser.add_argument_group("sampling", f"default: {default}; from a pipe greedy")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
     sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens; 0 is off")
@@ -57,8 +60,6 @@ def add_arguments(parser: Parser) -> None:
     sampling.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="tokens of one answer (default: up to session-len)"
     )
-    add_engine_flags(parser, ENGINE_DEFAULTS)
-    add_speculative_flags(parser)
 
 
 def add_speculative_flags(parser: Parser) -> None:
@@ -176,26 +177,21 @@ def describe_sampling(config: GenerationConfig) -> str:
 
 def _converse(engine: AsyncEngine, config: GenerationConfig, args: argparse.Namespace, is_terminal: bool) -> None:
     from lmdeploy.cli.conversation import Conversation
-    from lmdeploy.cli.repl import PipeReader, Repl, TerminalReader
+    from lmdeploy.cli.repl import talk
 
     capability = getattr(engine.chat_template, "capability", None) or args.capability or "chat"
     conversation = Conversation(engine, config, args.system, is_chat=capability == "chat")
-    for stream in (sys.stdout, sys.stdin):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
     def status() -> str:
         stats = engine.client.stats()
         return f"engine: {stats['num_free_blocks']:.0f} of {stats['num_blocks']:.0f} KV blocks are free"
 
-    if not is_terminal:
-        prompts = sys.stdin or io.StringIO()  # None where the process was started with a closed stdin
-        Repl(conversation, PipeReader(prompts, bool(args.single_line)), is_terminal=False, status=status).run()
-        return
-    tell("exit quits, end forgets the conversation, Ctrl-C stops an answer, /help lists the commands.")
     sentinel = "!!" if capability == "infilling" else ""
-    reader = TerminalReader(bool(args.single_line), sentinel, env.cache_dir() / "chat_history")
-    try:
-        Repl(conversation, reader, is_terminal=True, status=status).run()
-    finally:
-        reader.save_history()
+    talk(
+        conversation,
+        is_terminal=is_terminal,
+        is_single_line=bool(args.single_line),
+        sentinel=sentinel,
+        history=env.cache_dir() / "chat_history",
+        status=status,
+    )

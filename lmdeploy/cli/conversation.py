@@ -13,6 +13,7 @@ from lmdeploy.messages import FinishReason, GenerationConfig, Response
 
 if TYPE_CHECKING:
     from lmdeploy.async_engine import AsyncEngine
+    from lmdeploy.serve.remote import RemoteEngine
 
 
 @dataclass
@@ -37,7 +38,11 @@ class Conversation:
     """Messages so far; `answer` continues them. With `is_chat` False every prompt stands alone, outside any dialogue."""
 
     def __init__(
-        self, engine: AsyncEngine, config: GenerationConfig, system: str | None = None, is_chat: bool = True
+        self,
+        engine: AsyncEngine | RemoteEngine,
+        config: GenerationConfig,
+        system: str | None = None,
+        is_chat: bool = True,
     ) -> None:
         self.system = system
         self.turns: list[dict[str, str]] = []
@@ -115,6 +120,7 @@ class Conversation:
         last = self.last
         last.first_token_s = last.first_token_s or elapsed_s
         last.total_s = elapsed_s
+        last.prompt_tokens = response.input_token_len or last.prompt_tokens  # a server may count better than we can
         last.answer_tokens = response.generate_token_len
         last.cached_tokens = response.cached_tokens
         last.finish_reason = response.finish_reason

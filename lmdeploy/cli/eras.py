@@ -56,7 +56,28 @@ ERAS: dict[tuple[str, ...], Era] = {
             "--qos-config-path": "there are no service classes",
         },
     ),
-    ("lite", "auto_awq"): Era(positional=frozenset({"--model"})),
+    ("serve", "api_client"): Era(
+        renamed={"--request-output-len": "--max-new-tokens", "--meta-instruction": "--system"},
+        positional=frozenset({"--api-server-url"}),
+        dropped={
+            "--session-id": "one chat is one session",
+            "--stream-output": "answers are always streamed",
+        },
+    ),
+    ("serve", "gradio"): Era(
+        renamed={
+            "--batch-size": "--max-batch-size",
+            "--instance-num": "--max-batch-size",
+            "--cap": "--capability",
+            "--meta-instruction": "--system",
+        },
+        positional=frozenset({"--model-path-or-server", "--model-path"}),
+        dropped={"--restful-api": "an address is told from a path"},
+    ),
+    **{
+        ("lite", command): Era(positional=frozenset({"--model"}))
+        for command in ("auto_awq", "auto_gptq", "smooth_quant", "calibrate")
+    },
 }
 
 

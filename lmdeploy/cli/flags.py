@@ -122,7 +122,8 @@ def add_engine_flags(parser: Parser, defaults: Mapping[str, Any] | None = None) 
 def engine_settings(
     args: argparse.Namespace, defaults: Mapping[str, Any] | None = None
 ) -> tuple[PublicConfig, dict[str, Any]]:
-    """The public config that the flags describe, and what goes beside it to `EngineConfig.from_public`.
+    """The public config that the flags describe, and what goes beside it to `EngineConfig.from_public`: overrides of the
+    engine's fields, and the flags that were given their default value.
 
     Without --backend, the first backend that has all the given fields. Raises ConfigError where none has.
     """
@@ -139,9 +140,19 @@ def engine_settings(
         renamed = {_backend_name(name, names): value for name, value in values.items()}
         lacking = [name for name, value in renamed.items() if name not in names and value != known[name]]
         if not lacking:
+            overrides |= _given_defaults({name: value for name, value in given.items() if value == known[name]})
             return config_class(**{name: value for name, value in renamed.items() if name in names}), overrides
     flags = ", ".join(flag.name for flag in ENGINE_FLAGS if flag.field in lacking)
     raise ConfigError(f"{flags} is no setting of the {backend} backend; leave it out, or name the other with --backend")
+
+
+def _given_defaults(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The override that tells a flag with its default value from one that was left out: in a workspace they differ."""
+    if not flags:
+        return {}
+    from lmdeploy.engine.config import TRANSLATED
+
+    return {"given": frozenset(TRANSLATED[name] for name in flags if name in TRANSLATED)}
 
 
 def warn_remote_code(args: argparse.Namespace, tell: Callable[[str], None]) -> None:

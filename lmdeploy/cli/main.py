@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lmdeploy.cli import bench, chat, check_env, completion, eras, lite, serve
+from lmdeploy.cli import bench, chat, check_env, completion, convert, eras, lite, serve
 from lmdeploy.cli import list as list_command
 from lmdeploy.cli.parser import Parser
 from lmdeploy.errors import LMDeployError
@@ -23,10 +23,10 @@ COMMANDS = {
     "check_env": check_env,
     "bench": bench,
     "lite": lite,
+    "convert": convert,
     "completion": completion,
 }
 _ALIASES = {"check-env": "check_env"}
-_NOT_YET = ("convert",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    if arguments and arguments[0] in _NOT_YET:
-        print(f"error: `lmdeploy {arguments[0]}` is not in this version yet", file=sys.stderr)
-        return 2
     arguments[:1] = [_ALIASES.get(word, word) for word in arguments[:1]]
     arguments, notices = eras.modernise(arguments, parser)
     for notice in notices:

@@ -5,6 +5,7 @@ Answers go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from lmdeploy.errors import PromptTooLong, RequestError
 
 SESSION_FULL = "WARNING: exceed session max length. Please end the session."
 _HISTORY_LINES = 1000
+_HOW_TO = "exit quits, end forgets the conversation, Ctrl-C stops an answer, /help lists the commands."
 
 
 class Reader(Protocol):
@@ -254,6 +256,31 @@ COMMANDS: dict[str, tuple[Callable[[Repl, str], None], str]] = {
     "/save": (Repl._save, "/save FILE writes the messages as JSON"),
     "/single": (Repl._single, "switch between one line and several lines a prompt"),
 }
+
+
+def talk(
+    conversation: Conversation,
+    *,
+    is_terminal: bool,
+    is_single_line: bool,
+    history: Path,
+    sentinel: str = "",
+    status: Callable[[], str] = lambda: "",
+) -> None:
+    """A whole chat over stdin and stdout. history: where the lines typed at a terminal are kept."""
+    for stream in (sys.stdout, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if not is_terminal:
+        prompts = sys.stdin or io.StringIO()  # None where the process was started with a closed stdin
+        Repl(conversation, PipeReader(prompts, is_single_line), is_terminal=False, status=status).run()
+        return
+    print(_HOW_TO, file=sys.stderr, flush=True)
+    reader = TerminalReader(is_single_line, sentinel, history)
+    try:
+        Repl(conversation, reader, is_terminal=True, status=status).run()
+    finally:
+        reader.save_history()
 
 
 def is_command(line: str) -> bool:

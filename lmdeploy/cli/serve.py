@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmdeploy.cli import serve_client, serve_gradio, serve_proxy
 from lmdeploy.cli.chat import add_speculative_flags, refuse_speculative, tell, template_config
 from lmdeploy.cli.flags import add_engine_flags, add_model_argument, engine_settings, warn_remote_code
 from lmdeploy.cli.parser import Parser
@@ -18,17 +19,19 @@ if TYPE_CHECKING:
     from socket import socket
 
     from lmdeploy.async_engine import AsyncEngine
+    from lmdeploy.serve.registration import Registration
     from lmdeploy.serve.server import Tls
     from lmdeploy.serve.settings import ServerSettings
 
 HELP = "serve a model over HTTP"
 DESCRIPTION = """Serve a model with the interface of OpenAI, and LMDeploy's own endpoints.
 
-The pages at `/` document every endpoint. The first Ctrl-C or SIGTERM takes no new requests and ends when the running ones
-have; the second ends at once.
+The pages at `/` document every endpoint, the one at `/chat` talks with the model. The first Ctrl-C or SIGTERM takes no new
+requests and ends when the running ones have; the second ends at once.
 """
 ENGINE_DEFAULTS: dict[str, Any] = {"enable_prefix_caching": True}
 DEFAULT_PORT = 23333
+OTHER_KINDS = {"api_client": serve_client, "gradio": serve_gradio, "proxy": serve_proxy}
 _EXTRA = ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
 _LOG_LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")
 
@@ -53,11 +56,6 @@ class LaterFlag:
 
 
 LATER_FLAGS = (
-    LaterFlag("--proxy-url"),
-    LaterFlag("--tool-call-parser"),
-    LaterFlag("--reasoning-parser"),
-    LaterFlag("--allow-terminate-by-client", False, bool),
-    LaterFlag("--enable-abort-handling", False, bool),
     LaterFlag("--dp", 1, int),
     LaterFlag("--ep", 1, int),
     LaterFlag("--nnodes", 1, int),
@@ -91,6 +89,8 @@ def add_arguments(parser: Parser) -> None:
     add_engine_flags(server, ENGINE_DEFAULTS)
     add_speculative_flags(server)
     _add_later_flags(server)
+    for name, module in OTHER_KINDS.items():
+        module.add_arguments(kinds.add_parser(name, help=module.HELP))
 
 
 def _add_server_flags(parser: Parser) -> None:
@@ -109,12 +109,25 @@ def _add_server_flags(parser: Parser) -> None:
         help="answers in work or waiting, beyond which a request gets 429 (default: 8 times max-batch-size)",
     )  # fmt: skip
     group.add_argument(
+        "--max-queued-tokens", type=_positive, metavar="N",
+        help="the same bound for the tokens of their prompts (default: 4 times what the KV cache holds)",
+    )  # fmt: skip
+    group.add_argument(
         "--drain-timeout", type=float, default=60.0, metavar="S",
         help="seconds that running answers get after a signal (default: 60)",
     )  # fmt: skip
+    group.add_argument(
+        "--proxy-url",
+        metavar="URL",
+        help="a `lmdeploy serve proxy` to join; LMDEPLOY_API_KEY, or the first of --api-keys, is shown",
+    )
     group.add_argument("--log-level", choices=_LOG_LEVELS, type=str.upper, help="(default: WARNING)")
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text",
+        help="json: one object a line, and one line a request (default: text)",
+    )  # fmt: skip
     group.add_argument("--max-log-len", type=int, metavar="N", help="characters of a prompt that the log shows")
-    group.add_argument("--disable-fastapi-docs", action="store_true", help="no pages at `/`")
+    group.add_argument("--disable-fastapi-docs", action="store_true", help="no pages at `/` and `/chat`")
     group.add_argument("--disable-metrics", action="store_true", help="no /metrics")
     group.add_argument(
         "--ssl", action="store_true", help="HTTPS, with the files that SSL_KEYFILE and SSL_CERTFILE name"
@@ -135,6 +148,14 @@ def _add_model_flags(parser: Parser) -> None:
         help="what the template does (default: chat)",
     )
     group.add_argument(
+        "--tool-call-parser", default="auto", metavar="NAME",
+        help="format of tool calls, docs/tools.md; none: no tools (default: auto, told by the chat template)",
+    )  # fmt: skip
+    group.add_argument(
+        "--reasoning-parser", default="auto", metavar="NAME",
+        help="format of the model's thoughts; none: they stay in the text (default: auto)",
+    )  # fmt: skip
+    group.add_argument(
         "--generation-config", default="auto", metavar="auto|lmdeploy|PATH",
         help="sampling defaults: the model's generation_config.json, none of it, or another folder's (default: auto)",
     )  # fmt: skip
@@ -149,6 +170,17 @@ def _add_access_flags(parser: Parser) -> None:
         metavar="KEY",
         help="keys of which a request has to bear one; all paths but /health",
     )
+    group.add_argument(
+        "--admin-api-key",
+        metavar="KEY",
+        help="opens /sleep, /wakeup, /update_weights, /abort_request and /terminate to its bearer; "
+        "without it they are not there",
+    )
+    group.add_argument(
+        "--weights-dir", type=Path, metavar="DIR", help="where /update_weights may take weights from (default: nowhere)"
+    )
+    group.add_argument("--allow-terminate-by-client", action="store_true", help="/terminate for every client")
+    group.add_argument("--enable-abort-handling", action="store_true", help="/abort_request for every client")
     for name in ("origins", "methods", "headers"):
         group.add_argument(
             f"--allow-{name}", nargs="*", default=["*"], metavar="X", help=f"{name} of browsers' requests (default: *)"
@@ -168,6 +200,8 @@ def _add_later_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.kind in OTHER_KINDS:
+        return OTHER_KINDS[args.kind].run(args)
     warn_remote_code(args, tell)
     refuse_speculative(args)
     _refuse_later(args)
@@ -176,16 +210,20 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{', '.join(missing)} missing; the server needs the extra `serve`: pip install 'lmdeploy[serve]'"
         )
+    from lmdeploy.serve.parsers import REASONING_PARSERS, TOOL_PARSERS, pick
     from lmdeploy.serve.server import bind
 
+    pick("--tool-call-parser", args.tool_call_parser, TOOL_PARSERS)  # a wrong name is told before the model is loaded
+    pick("--reasoning-parser", args.reasoning_parser, REASONING_PARSERS)
     sock = bind(args.server_name, args.server_port)
     try:
+        registration = _registration(args, sock)
         engine = _open(args)
     except BaseException:
         sock.close()
         raise
     try:
-        return _serve(engine, args, sock)
+        return _serve(engine, args, sock, registration)
     finally:
         engine.close()
 
@@ -226,8 +264,21 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _serve(engine: AsyncEngine, args: argparse.Namespace, sock: socket) -> int:
+def _registration(args: argparse.Namespace, sock: socket) -> Registration | None:
+    from lmdeploy import env
+    from lmdeploy.serve.registration import Registration, reachable_url
+
+    if args.proxy_url is None:
+        return None
+    port = sock.getsockname()[1]
+    url = reachable_url(args.server_name, port, is_tls=args.ssl, proxy_url=args.proxy_url)
+    key = env.api_key() or next(iter(args.api_keys), None)
+    return Registration(args.proxy_url, url, [_settings(args).model_name], api_key=key)
+
+
+def _serve(engine: AsyncEngine, args: argparse.Namespace, sock: socket, registration: Registration | None) -> int:
     from lmdeploy.serve.openai.app import create_app
+    from lmdeploy.serve.request_log import log_as_json
     from lmdeploy.serve.server import Server
 
     info = engine.client.info
@@ -237,6 +288,8 @@ def _serve(engine: AsyncEngine, args: argparse.Namespace, sock: socket) -> int:
         args.log_level, args.log_level or "warning"
     )
     server = Server(app, drain_timeout_s=args.drain_timeout, log_level=log_level.lower(), tls=_tls(args))
+    if args.log_format == "json":
+        log_as_json()
     tell(f"{info.architecture}, {info.dtype} on {info.device}, loaded in {info.load_s:.1f} s")
     width = max((len(name) for name, _ in info.memory_plan), default=0)
     for name, value in info.memory_plan:
@@ -244,7 +297,10 @@ def _serve(engine: AsyncEngine, args: argparse.Namespace, sock: socket) -> int:
     scheme = "https" if args.ssl else "http"
     host = f"[{args.server_name}]" if ":" in args.server_name else args.server_name
     tell(f"serving {settings.model_name} at {scheme}://{host}:{sock.getsockname()[1]}; Ctrl-C ends it")
-    return server.run_on(sock)
+    if registration is None:
+        return server.run_on(sock)
+    with registration.during(is_ready=lambda: server.started, is_draining=lambda: app.state.service.is_draining):
+        return server.run_on(sock)
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
@@ -256,6 +312,14 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         model_name=args.model_name or (hub.BUILTIN_NAME if is_builtin else args.model),
         api_keys=tuple(args.api_keys),
         max_concurrent_requests=args.max_concurrent_requests,
+        max_queued_tokens=args.max_queued_tokens,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+        admin_api_key=args.admin_api_key,
+        allow_terminate=args.allow_terminate_by_client,
+        allow_abort=args.enable_abort_handling,
+        weights_dir=args.weights_dir,
+        has_request_log=args.log_format == "json",
         allow_origins=tuple(args.allow_origins),
         allow_methods=tuple(args.allow_methods),
         allow_headers=tuple(args.allow_headers),

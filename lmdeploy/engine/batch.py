@@ -31,7 +31,7 @@ class Batch:
     entries: list[Scheduled]
 
 
-def build_batch(plan: StepPlan, kv_cache: KVCache, slots: Slots) -> Batch:
+def build_batch(plan: StepPlan, kv_cache: KVCache, slots: Slots, decode_buffers: object | None = None) -> Batch:
     """Lay the scheduled tokens of all requests end to end; a token in flight is taken from its request's slot."""
     entries, device = plan.scheduled, kv_cache.data.device
     block_size = kv_cache.block_size
@@ -62,6 +62,7 @@ def build_batch(plan: StepPlan, kv_cache: KVCache, slots: Slots) -> Batch:
         kv_cache=kv_cache,
         query_lens=query_lens,
         context_lens_host=context_lens,
+        decode_buffers=decode_buffers,
     )
     sampling = [index for index, entry in enumerate(entries) if entry.samples]
     return Batch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.loop import EngineLoop
@@ -13,6 +13,10 @@ from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.validation import EngineInfo, check_request
 from lmdeploy.errors import EngineDead, InvalidParameter
 from lmdeploy.logging import get_logger
+
+if TYPE_CHECKING:
+    from lmdeploy.engine.control import Command
+    from lmdeploy.engine.guided import GuidedVocabulary
 
 Deliver = Callable[[RequestOutput], None]
 
@@ -25,11 +29,17 @@ class EngineClient(Protocol):
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Start a request. Raises PromptTooLong, InvalidParameter or EngineDead at once."""
 
+    def load_vocabulary(self, vocabulary: GuidedVocabulary) -> None:
+        """Tell the engine the tokens' bytes, before the first request with a grammar."""
+
     def abort(self, request_id: str) -> None:
         """End a request; its last output says 'abort', unless it had ended already."""
 
     def stats(self) -> dict[str, float]:
         """num_running, num_waiting, num_blocks, num_free_blocks, num_preemptions, heartbeat_age_s. May raise EngineDead."""
+
+    def control(self, command: Command) -> None:
+        """Obey a command to the engine as a whole; returns once it has. Raises ConfigError, CheckpointError or EngineDead."""
 
     def close(self) -> None:
         """Abort what runs and free the engine's memory. May be called again."""
@@ -85,11 +95,17 @@ class ThreadClient:
         self._deliveries.register(request, deliver)
         self._loop.add(request)
 
+    def load_vocabulary(self, vocabulary: GuidedVocabulary) -> None:
+        self._loop.load_vocabulary(vocabulary)
+
     def abort(self, request_id: str) -> None:
         self._loop.abort(request_id)
 
     def stats(self) -> dict[str, float]:
         return self._loop.stats()
+
+    def control(self, command: Command) -> None:
+        self._loop.control(command)
 
     def close(self) -> None:
         self._loop.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy.errors import ConfigError
@@ -12,7 +12,7 @@ from lmdeploy.messages import PytorchEngineConfig, QuantPolicy, TurbomindEngineC
 PublicConfig = TurbomindEngineConfig | PytorchEngineConfig
 
 # Public fields whose meaning the engine takes over, under its own name.
-_TRANSLATED = {
+TRANSLATED = {
     "dtype": "dtype",
     "model_format": "model_format",
     "session_len": "session_len",
@@ -48,7 +48,8 @@ class EngineConfig:
 
     device: 'auto', 'cpu' or 'cuda'. cache_max_entry_count: a float in (0, 1) is a share of the memory free after
     weights and activations, an int a number of blocks, None a default for the device. max_prefill_token_num: tokens
-    per step. max_steps_in_flight: None is 2 on a GPU and 1 on a CPU.
+    per step. max_steps_in_flight: None is 2 on a GPU and 1 on a CPU. given: the fields that the user set, which outrank what
+    a workspace says.
     """
 
     dtype: str = "auto"
@@ -67,6 +68,7 @@ class EngineConfig:
     empty_init: bool = False
     eager_mode: bool = False
     max_steps_in_flight: int | None = None
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         for name in ("session_len", "max_batch_size", "block_size", "max_prefill_token_num", "max_steps_in_flight"):
@@ -91,23 +93,27 @@ class EngineConfig:
 
     @classmethod
     def from_public(cls, config: PublicConfig | None = None, **overrides: Any) -> EngineConfig:
-        """Translate a public config; overrides are fields of this class. ConfigError for what is not supported yet."""
+        """Translate a public config; overrides are fields of this class. ConfigError for what is not supported yet.
+
+        Fields that are not at their default, and overrides, count as given, beside those that an override `given` names.
+        """
         if config is None:
             config = TurbomindEngineConfig()
         values: dict[str, Any] = {}
         for name, value in non_default_fields(config).items():
-            if name in _TRANSLATED:
-                values[_TRANSLATED[name]] = value
+            if name in TRANSLATED:
+                values[TRANSLATED[name]] = value
             elif name in _NOT_YET:
                 raise ConfigError(f"{name}={value!r} is not supported yet; leave it at its default")
             elif name not in _ELSEWHERE:
                 get_logger().warning("%s=%r has no effect in this engine", name, value)
-        values["quant_policy"] = _quant_policy(values.get("quant_policy", 0))
-        values.update(overrides)
+        values.update(overrides, given=frozenset([*values, *overrides, *overrides.get("given", ())]))
+        values["quant_policy"] = read_quant_policy(values.get("quant_policy", 0))
         return cls(**values)
 
 
-def _quant_policy(value: int | str) -> QuantPolicy:
+def read_quant_policy(value: int | str) -> QuantPolicy:
+    """A policy by its name or number. Raises ConfigError."""
     names = {policy.name.lower(): policy.value for policy in QuantPolicy} | {"fp8_e4m3": QuantPolicy.FP8.value}
     number = names.get(value.lower(), value) if isinstance(value, str) else value
     try:

@@ -8,6 +8,7 @@ import random
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,11 +23,15 @@ from lmdeploy.engine.sampler import INVALID_TOKEN
 from lmdeploy.engine.scheduler import Scheduler
 from lmdeploy.engine.state import RequestState
 from lmdeploy.engine.validation import EngineInfo, check_request
-from lmdeploy.errors import ConfigError, InvalidParameter, RequestError
+from lmdeploy.errors import ConfigError, InvalidGrammar, InvalidParameter, RequestError
+from lmdeploy.kernels import has_gpu_kernels
 from lmdeploy.layers.context import KVCache
 from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.loader import load_model
+
+if TYPE_CHECKING:
+    from lmdeploy.engine.guided import Matcher
 
 _MAX_BATCH_SIZE = {"cpu": 32, "cuda": 256}
 _MAX_TOKENS_PER_STEP = {"cpu": 512, "cuda": 8192}
@@ -42,22 +47,18 @@ class Engine:
     def __init__(self, path: Path, config: EngineConfig) -> None:
         """Load the model at `path` (a folder or GGUF file). Raises CheckpointError, ConfigError, ModelNotSupported."""
         started = time.monotonic()
-        device = _device(config.device)
-        model = load_model(
-            path,
-            dtype=config.dtype,
-            device=device,
-            load_format="dummy" if config.empty_init else "auto",
-            hf_overrides=config.hf_overrides,
-            rope_scaling_factor=config.rope_scaling_factor,
-            use_logn_attn=config.use_logn_attn,
-            model_format=config.model_format,
-        )
+        self.path, self.config = path, config
+        self.device = device = _device(config.device)
+        self.asleep: set[str] = set()
+        self.resting_model: CausalLM | None = None
+        model = self.load_model()
+        self.model_config = model.config
         max_batch_size = config.max_batch_size or _MAX_BATCH_SIZE[device.type]
         max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP[device.type]
         max_tokens = max(max_tokens, max_batch_size)
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
-        self.runner = Runner(model, _make_cache(model, self.plan, config.quant_policy, device))
+        self._max_batch_size = max_batch_size
+        self.start_runner(model)
         self.scheduler = Scheduler(
             BlockManager(self.plan.num_blocks, config.block_size),
             max_batch_size=max_batch_size,
@@ -83,16 +84,57 @@ class Engine:
         self._in_flight: deque[PendingStep] = deque()
         self._states: dict[str, RequestState] = {}
 
+    def load_model(self) -> CausalLM:
+        """The model at `path`, with the engine's settings."""
+        config = self.config
+        return load_model(
+            self.path,
+            dtype=config.dtype,
+            device=self.device,
+            load_format="dummy" if config.empty_init else "auto",
+            hf_overrides=config.hf_overrides,
+            rope_scaling_factor=config.rope_scaling_factor,
+            use_logn_attn=config.use_logn_attn,
+            model_format=config.model_format,
+        )
+
+    def start_runner(self, model: CausalLM) -> None:
+        """Make the cache that is planned for, and the runner."""
+        plan, device = self.plan, self.device
+        if plan.copy_bytes:
+            from lmdeploy.engine.warm_up import keep_copies
+
+            keep_copies(model)
+        cache = _make_cache(model, plan, self.config.quant_policy, device)
+        self.runner = Runner(model, cache, self._max_batch_size, plan.session_len)
+        if device.type == "cuda" and has_gpu_kernels() and not self.config.eager_mode:
+            from lmdeploy.engine.warm_up import start_graphs
+
+            start_graphs(self.runner, self._max_batch_size, plan.session_len)
+
+    def drop_runner(self) -> CausalLM:
+        """Let go of the runner and its cache; the model that it ran."""
+        model = self.runner.model
+        del self.runner
+        return model
+
     @staticmethod
     def _plan_memory(
         model: CausalLM, config: EngineConfig, device: torch.device, max_batch_size: int, max_tokens: int
     ) -> MemoryPlan:
+        copies = (0, 0)
+        if device.type == "cuda":
+            from lmdeploy.engine.warm_up import copy_bytes, largest_copy_bytes
+
+            copies = copy_bytes(model), largest_copy_bytes(model)
+            torch.cuda.empty_cache()
         return plan_memory(
             model.config,
             config,
             device=device,
             dtype=model.dtype,
             weight_bytes=model.num_bytes(),
+            copy_bytes=copies,
             max_batch_size=max_batch_size,
             max_tokens_per_step=max_tokens,
             session_len=config.session_len or model.config.session_len,
@@ -102,9 +144,16 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises InvalidParameter or PromptTooLong; then nothing has changed."""
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queue a request, with the matcher of its grammar if it has one.
+
+        Raises InvalidParameter or PromptTooLong; then nothing has changed.
+        """
         check_request(request, self.info)
+        if request.sampling.grammar is not None and matcher is None:
+            raise InvalidParameter("the request has a grammar that nothing has compiled: ask through a client")
+        if self.asleep:
+            raise RequestError("the engine sleeps: wake it first")
         if request.request_id in self._states:
             raise InvalidParameter(f"request id {request.request_id!r} is in use: give each request its own")
         seed = request.sampling.seed
@@ -114,6 +163,7 @@ class Engine:
             request,
             seed=random.getrandbits(63) if seed is None else seed,
             root=root_hash(request.cache_salt, rope_key),
+            matcher=matcher,
         )
         self._states[request.request_id] = state
         self.scheduler.add(state)
@@ -137,6 +187,15 @@ class Engine:
                     return []
         return self._finish_step(self._in_flight.popleft()) if self._in_flight else []
 
+    def prepare_more(self) -> bool:
+        """With nothing in flight, prepare one more batch size of decode steps; False if all are there."""
+        graphs = None if self.asleep or self._in_flight else self.runner.graphs
+        missing = graphs.missing() if graphs is not None else []
+        if graphs is None or not missing:
+            return False
+        graphs.capture(*missing[0])
+        return True
+
     def stats(self) -> dict[str, float]:
         """Counters for monitoring."""
         return {
@@ -145,14 +204,26 @@ class Engine:
             "num_blocks": self.plan.num_blocks,
             "num_free_blocks": self.scheduler.blocks.num_free,
             "num_preemptions": self.scheduler.num_preemptions,
+            "num_pending_graphs": 0 if self.asleep or self.runner.graphs is None else len(self.runner.graphs.missing()),
         }
+
+    def abort_all(self) -> list[RequestOutput]:
+        """End every request, and wait for the steps in flight."""
+        outputs = self.scheduler.abort_all()
+        while self._in_flight:
+            self._finish_step(self._in_flight.popleft())
+        for state in list(self._states.values()):
+            self._forget(state)
+        return outputs
 
     def close(self) -> list[RequestOutput]:
         """End every request and free the memory; the engine cannot be used again."""
         outputs = self.scheduler.abort_all()
         self._states.clear()
         self._in_flight.clear()
-        del self.runner
+        if "kv_cache" not in self.asleep:
+            del self.runner
+        self.resting_model = None
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -162,9 +233,9 @@ class Engine:
         tokens = pending.wait()
         outputs = []
         for state, new_tokens, reason in self.scheduler.update(pending.plan.scheduled, tokens):
-            if INVALID_TOKEN in new_tokens:
-                self.scheduler.finish(state)
-                error = RequestError("the model computed no finite logit for this request")
+            if error := _failure(state, new_tokens):
+                if reason is None:
+                    self.scheduler.finish(state)
                 outputs.append(state.output(finish_reason="error", error=error))
                 self._forget(state)
                 continue
@@ -180,6 +251,16 @@ class Engine:
     def _forget(self, state: RequestState) -> None:
         self._states.pop(state.request_id, None)
         self.runner.forget(state.request_id)
+
+
+def _failure(state: RequestState, new_tokens: list[int]) -> RequestError | None:
+    """Why the request cannot go on, if it cannot."""
+    if state.matcher is not None and state.matcher.error:
+        return InvalidGrammar(f"the grammar failed during generation: {state.matcher.error[:300]}")
+    if INVALID_TOKEN in new_tokens:
+        cause = "" if state.matcher is None else ", or its bans and biases forbid every token that its grammar allows"
+        return RequestError(f"the model computed no finite logit for this request{cause}")
+    return None
 
 
 def _make_cache(model: CausalLM, plan: MemoryPlan, policy: QuantPolicy, device: torch.device) -> KVCache:

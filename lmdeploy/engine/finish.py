@@ -12,6 +12,8 @@ def finish_reason(state: RequestState, session_len: int) -> FinishReason | None:
     num_output = len(state.token_ids) - len(state.prompt_ids)
     if state.token_ids[-1] in state.stop_ids and num_output > sampling.min_new_tokens:
         return "stop"
+    if state.matcher is not None and state.matcher.take(state.token_ids[-1]):
+        return "stop"
     if num_output >= sampling.max_new_tokens or len(state.token_ids) >= session_len:
         return "length"
     if sampling.repetition_ngram_size and _repeats(

@@ -6,7 +6,9 @@ graph of the same size leaves the logits. https://developer.nvidia.com/blog/cuda
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,41 +26,46 @@ _STAGES = 4  # rows that may still be on their way to the device
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured step. tokens: [size] int64, INVALID_TOKEN where no logit was finite."""
+    """A captured step. tokens: [size] int64, INVALID_TOKEN where no logit was finite, once replayed."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     tokens: Tensor
 
 
 class DecodeGraphs:
     """The graphs of one model and cache, and the static tensors that they read and write."""
 
-    def __init__(self, model: CausalLM, kv_cache: KVCache, slots: Slots, max_batch_size: int) -> None:
+    def __init__(
+        self, model: CausalLM, kv_cache: KVCache, slots: Slots, decode_buffers: object | None, max_batch_size: int
+    ) -> None:
         device = slots.last_tokens.device
         self._model, self._kv_cache, self._slots = model, kv_cache, slots
+        self._decode_buffers = decode_buffers
         self._max_blocks = slots.tables.shape[1]
         self._inputs = DecodeInputs.empty(max_batch_size, self._max_blocks, device)
         self._rows = torch.zeros(max_batch_size, ROW_INTS, dtype=torch.int32, device=device)
+        is_pinned = device.type == "cuda"
         self._staging = [
-            torch.zeros(max_batch_size, ROW_INTS, dtype=torch.int32, pin_memory=True) for _ in range(_STAGES)
+            torch.zeros(max_batch_size, ROW_INTS, dtype=torch.int32, device="cpu", pin_memory=is_pinned)
+            for _ in range(_STAGES)
         ]
         self._views = [staging.numpy() for staging in self._staging]
         self._turn = 0
         self.logits = torch.empty(max_batch_size, model.config.vocab_size, dtype=torch.float32, device=device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, bool], Graph] = {}
+        self._pool: Any = None
+        self.graphs: dict[tuple[int, bool], Graph] = {}
         sizes = [1, 2, 4, *range(_STEP, max_batch_size + 1, _STEP)]
         self.sizes = sorted({size for size in sizes if size <= max_batch_size} | {max_batch_size})
 
     def missing(self) -> list[tuple[int, bool]]:
         """Graphs that are not captured yet, the greedy ones first."""
         wanted = [(size, keeps_logits) for keeps_logits in (False, True) for size in self.sizes]
-        return [key for key in wanted if key not in self._graphs]
+        return [key for key in wanted if key not in self.graphs]
 
     def find(self, batch_size: int, keeps_logits: bool) -> tuple[int, Graph] | None:
         """The smallest captured graph that holds the batch, and its size."""
-        sizes = [size for size, keeps in self._graphs if keeps == keeps_logits and size >= batch_size]
-        return (min(sizes), self._graphs[min(sizes), keeps_logits]) if sizes else None
+        sizes = [size for size, keeps in self.graphs if keeps == keeps_logits and size >= batch_size]
+        return (min(sizes), self.graphs[min(sizes), keeps_logits]) if sizes else None
 
     def stage(self, size: int) -> np.ndarray:
         """Where the host writes the rows [size, ROW_INTS] of the next step."""
@@ -68,7 +75,7 @@ class DecodeGraphs:
     def replay(self, size: int, graph: Graph) -> Tensor:
         """Enqueue the step whose rows were staged last; its tokens [size], valid until the next replay."""
         self._rows[:size].copy_(self._staging[self._turn][:size], non_blocking=True)
-        graph.graph.replay()
+        graph.replay()
         return graph.tokens
 
     @torch.inference_mode()
@@ -76,14 +83,20 @@ class DecodeGraphs:
         """Capture one graph; nothing may be in flight. Its first run, on padding, compiles what is not compiled yet."""
         self._views[self._turn][:size] = (self._slots.padding, 0, -1, 0, 1)
         self._rows[:size].copy_(self._staging[self._turn][:size])
-        self._step(size, keeps_logits)
+        self.step(size, keeps_logits)
         torch.cuda.synchronize()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            tokens = self._step(size, keeps_logits)
-        self._graphs[size, keeps_logits] = Graph(graph, tokens)
+            tokens = self.step(size, keeps_logits)
+        self.graphs[size, keeps_logits] = Graph(graph.replay, tokens)
 
-    def _step(self, size: int, keeps_logits: bool) -> Tensor:
+    def context_lens_host(self, size: int) -> list[int]:
+        """Nothing: a kernel that asks the host for lengths cannot be captured."""
+        return []
+
+    def step(self, size: int, keeps_logits: bool) -> Tensor:
+        """What is captured, run as it is: the tokens of the rows that were sent last."""
         rows, inputs = self._rows[:size], self._inputs.first(size)
         kernels.prepare_decode(rows, self._slots.last_tokens, self._slots.tables, self._kv_cache.block_size, inputs)
         ctx = ForwardContext(
@@ -95,7 +108,8 @@ class DecodeGraphs:
             prompt_lens=inputs.prompt_lens,
             kv_cache=self._kv_cache,
             query_lens=[1] * size,
-            context_lens_host=[],  # a kernel that asks the host cannot be captured
+            context_lens_host=self.context_lens_host(size),
+            decode_buffers=self._decode_buffers,
         )
         logits = self._model.compute_logits(self._model(inputs.input_ids, ctx))
         if keeps_logits:

@@ -8,17 +8,31 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.core import Engine
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.validation import EngineInfo
-from lmdeploy.errors import EngineDead, LMDeployError
+from lmdeploy.errors import EngineDead, InvalidGrammar, LMDeployError
 from lmdeploy.logging import get_logger
 
+if TYPE_CHECKING:
+    from lmdeploy.engine.control import Command, Order
+    from lmdeploy.engine.guided import GrammarThreads, GuidedVocabulary, Matcher
+
 Publish = Callable[[list[RequestOutput]], None]
-_Command = Request | str | None  # add, abort by id, close
+
+
+@dataclass(frozen=True)
+class _Add:
+    request: Request
+    matcher: Matcher | None = None
+
+
+_Command: TypeAlias = "_Add | str | Order | None"  # add, abort by id, a command to the whole engine, close
 
 
 class EngineLoop:
@@ -33,6 +47,7 @@ class EngineLoop:
         self._stats = self._engine.stats()
         self._publish = publish
         self._live: set[str] = set()
+        self._grammars: GrammarThreads | None = None
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="lmdeploy-engine", daemon=True)
         self._thread.start()
@@ -40,12 +55,34 @@ class EngineLoop:
 
     def add(self, request: Request) -> None:
         """Queue a request; if the engine refuses it, or is dead, that is published as its output."""
-        self._commands.put(request)
-        if self.error is not None:
-            self._publish([RequestOutput(request.request_id, finish_reason="error", error=self.error)])
+        if request.sampling.grammar is None:
+            self._put(request)
+        elif self._grammars is not None:
+            self._grammars.start(request)
+        else:
+            self._refuse(request.request_id, InvalidGrammar("the engine has not been told the vocabulary yet"))
 
     def abort(self, request_id: str) -> None:
-        self._commands.put(request_id)
+        if self._grammars is None or not self._grammars.abort(request_id):
+            self._commands.put(request_id)
+
+    def load_vocabulary(self, vocabulary: GuidedVocabulary) -> None:
+        """What requests with a grammar need; to be told once, before the first of them."""
+        from lmdeploy.engine.guided import GrammarCompiler, GrammarThreads
+
+        compiler = GrammarCompiler(vocabulary, self.info.vocab_size)
+        self._grammars = self._grammars or GrammarThreads(compiler, self._put, self._refuse)
+
+    def control(self, command: Command) -> None:
+        """Obey a command to the engine as a whole; returns once it has. Raises what that raised, or EngineDead."""
+        from lmdeploy.engine.control import Order
+
+        self.check_alive()
+        order = Order(command)
+        self._commands.put(order)
+        if self.error is not None:
+            order.fail(self.error)
+        order.done.result()
 
     def check_alive(self) -> None:
         """Raise EngineDead if no request can be answered any more."""
@@ -61,9 +98,20 @@ class EngineLoop:
     def close(self) -> None:
         """End all requests, stop the thread, free the engine's memory."""
         atexit.unregister(self.close)
+        if self._grammars is not None:
+            self._grammars.close()
         self._commands.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _put(self, request: Request, matcher: Matcher | None = None) -> None:
+        self._commands.put(_Add(request, matcher))
+        if self.error is not None:
+            self._refuse(request.request_id, self.error)
+
+    def _refuse(self, request_id: str, error: Exception | None) -> None:
+        """End a request that never reached the engine; without an error it was aborted."""
+        self._publish([RequestOutput(request_id, finish_reason="abort" if error is None else "error", error=error)])
 
     def _run(self) -> None:
         engine, self._engine = self._engine, None
@@ -86,22 +134,28 @@ class EngineLoop:
             self._stats = engine.stats()
             self.heartbeat = time.monotonic() if has_work else math.inf  # an idle loop may wait as long as it likes
             try:
-                command = self._commands.get(timeout=0.0 if has_work else None)
+                command = self._commands.get(timeout=0.0 if has_work or engine.prepare_more() else None)
             except queue.Empty:
-                return True
+                if has_work:
+                    return True
+                continue
             if command is None:
                 return False
             self._deliver(self._obey(engine, command))
 
-    def _obey(self, engine: Engine, command: Request | str) -> list[RequestOutput]:
+    def _obey(self, engine: Engine, command: _Add | str | Order) -> list[RequestOutput]:
         if isinstance(command, str):
             output = engine.abort(command)
             return [] if output is None else [output]
-        self._live.add(command.request_id)
+        if not isinstance(command, _Add):
+            self.heartbeat = math.inf  # reading weights may take as long as it likes
+            return command.run(engine)
+        request = command.request
+        self._live.add(request.request_id)
         try:
-            engine.add(command)
+            engine.add(request, command.matcher)
         except LMDeployError as error:
-            return [RequestOutput(command.request_id, finish_reason="error", error=error)]
+            return [RequestOutput(request.request_id, finish_reason="error", error=error)]
         return []
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
@@ -115,6 +169,8 @@ class EngineLoop:
         self._stats = {**self._stats, "num_running": 0, "num_waiting": 0}
         while not self._commands.empty():
             command = self._commands.get()
-            if isinstance(command, Request):
-                self._live.add(command.request_id)
+            if isinstance(command, _Add):
+                self._live.add(command.request.request_id)
+            elif command is not None and not isinstance(command, str):
+                command.fail(error)
         self._deliver([RequestOutput(live, finish_reason="error", error=error) for live in sorted(self._live)])

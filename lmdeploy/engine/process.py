@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 from lmdeploy.engine.client import Deliver, Deliveries
 from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.control import Command
+from lmdeploy.engine.guided import GuidedVocabulary
 from lmdeploy.engine.loop import EngineLoop
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.validation import check_request
@@ -20,8 +24,11 @@ from lmdeploy.engine.wire import (
     Abort,
     Close,
     Connection,
+    Control,
+    Done,
     Failure,
     FromEngine,
+    LoadVocabulary,
     Outputs,
     Ready,
     Start,
@@ -51,6 +58,8 @@ class ProcessClient:
         self._connection = Connection(ours, FromEngine)
         self._deliveries = Deliveries(self.abort)
         self._error: EngineDead | None = None
+        self._numbers = itertools.count()
+        self._orders: dict[int, Future[None]] = {}
         try:
             ready = self._start(path, config)
         except BaseException:  # an interrupted load must not go on unseen
@@ -70,8 +79,19 @@ class ProcessClient:
         self._deliveries.register(request, deliver)
         self._send(Submit(request))
 
+    def load_vocabulary(self, vocabulary: GuidedVocabulary) -> None:
+        self._send(LoadVocabulary(vocabulary))
+
     def abort(self, request_id: str) -> None:
         self._send(Abort(request_id))
+
+    def control(self, command: Command) -> None:
+        number, done = next(self._numbers), Future[None]()
+        self._orders[number] = done
+        self._send(Control(number, command))
+        if self._error is not None:
+            raise self._error
+        done.result()
 
     def stats(self) -> dict[str, float]:
         """As the process last told; the heartbeat's age grows while it is silent. Raises EngineDead."""
@@ -101,7 +121,7 @@ class ProcessClient:
         code = self.process.wait()
         raise EngineDead(f"the engine process ended with code {code} before it was ready; its own output says why")
 
-    def _send(self, message: Submit | Abort | Close) -> None:
+    def _send(self, message: LoadVocabulary | Submit | Abort | Control | Close) -> None:
         try:
             self._connection.send(message)
         except OSError:
@@ -114,12 +134,25 @@ class ProcessClient:
                     self._deliveries.publish([from_wire(output) for output in message.outputs])
                 elif isinstance(message, Stats):
                     self._stats, self._stats_time = message.values, time.monotonic()
+                elif isinstance(message, Done):
+                    self._end_order(message)
         finally:
             self._fail(EngineDead("the engine process is gone"))
 
     def _fail(self, error: EngineDead) -> None:
         self._error = self._error or error
         self._deliveries.fail_all(self._error)
+        for number in list(self._orders):
+            self._end_order(Done(number, to_failure(self._error)))
+
+    def _end_order(self, message: Done) -> None:
+        done = self._orders.pop(message.number, None)
+        if done is None:
+            return
+        if message.failure is None:
+            done.set_result(None)
+        else:
+            done.set_exception(from_failure(message.failure))
 
 
 def serve(sock: socket.socket) -> None:
@@ -149,14 +182,27 @@ def serve(sock: socket.socket) -> None:
     stop = threading.Event()
     reporter = threading.Thread(target=_report_stats, args=(connection, loop, stop), daemon=True)
     reporter.start()
-    while isinstance(message := connection.receive(), (Submit, Abort)):
+    while isinstance(message := connection.receive(), (LoadVocabulary, Submit, Abort, Control)):
         if isinstance(message, Submit):
             loop.add(message.request)
+        elif isinstance(message, LoadVocabulary):
+            loop.load_vocabulary(message.vocabulary)
+        elif isinstance(message, Control):
+            threading.Thread(target=_control, args=(connection, loop, message), daemon=True).start()
         else:
             loop.abort(message.request_id)
     stop.set()
     loop.close()
     connection.close()
+
+
+def _control(connection: Connection, loop: EngineLoop, message: Control) -> None:
+    failure = None
+    try:
+        loop.control(message.command)
+    except Exception as error:
+        failure = to_failure(error)
+    _try_send(connection, Done(message.number, failure))
 
 
 def _report_stats(connection: Connection, loop: EngineLoop, stop: threading.Event) -> None:
@@ -167,7 +213,7 @@ def _report_stats(connection: Connection, loop: EngineLoop, stop: threading.Even
         _try_send(connection, Stats(loop.stats()))
 
 
-def _try_send(connection: Connection, message: Ready | Failure | Outputs | Stats) -> None:
+def _try_send(connection: Connection, message: FromEngine) -> None:
     """Send unless the client is gone; the reading side notices that too and ends the process."""
     try:
         connection.send(message)

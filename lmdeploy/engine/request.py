@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from lmdeploy.messages import FinishReason
@@ -18,7 +19,7 @@ class SamplingParams:
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. stop_token_ids end the answer and hold the model's
     own end tokens unless they are to be ignored. logprobs: how many top tokens to report beside the chosen one; None is
     off. return_logits, return_hidden_states: 'all' (prompt too) or 'generation'. prompt_logprobs asks for the
-    log-probability of each prompt token given those before it.
+    log-probability of each prompt token given those before it. grammar: what the answer has to be, as llguidance writes it.
     """
 
     max_new_tokens: int = 512
@@ -39,6 +40,7 @@ class SamplingParams:
     repetition_ngram_threshold: int = 0
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    grammar: str | None = None
     return_logits: Literal["all", "generation"] | None = None
     return_hidden_states: Literal["all", "generation"] | None = None
 
@@ -48,6 +50,16 @@ class SamplingParams:
         is_banning = self.bad_token_ids or self.bad_token_sequences or self.min_new_tokens
         is_penalizing = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
         return bool(is_banning or is_penalizing or self.logit_bias)
+
+    @cached_property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is the largest of the model's own logits, and nothing else is asked for."""
+        return not (self.temperature or self.changes_logits or self.wants_report or self.grammar)
+
+    @property
+    def wants_hidden_states(self) -> bool:
+        """Whether a report needs hidden states, or logits of more than the last position."""
+        return bool(self.return_hidden_states or self.prompt_logprobs or self.return_logits == "all")
 
     @property
     def wants_report(self) -> bool:
@@ -67,7 +79,7 @@ class Request:
     cache_salt: str = ""
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestOutput:
     """News of one request since the last output.
 

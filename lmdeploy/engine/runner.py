@@ -12,6 +12,7 @@ from lmdeploy.engine.batch import build_batch
 from lmdeploy.engine.sampler import Sampler
 from lmdeploy.engine.scheduler import StepPlan
 from lmdeploy.engine.slots import Slots
+from lmdeploy.kernels import make_decode_buffers
 from lmdeploy.layers.context import KVCache
 from lmdeploy.models.base import CausalLM
 
@@ -48,6 +49,7 @@ class Runner:
         self.kv_cache = kv_cache
         self.sampler = Sampler(model.config.vocab_size, device)
         self.slots = Slots(max_batch_size, -(-session_len // kv_cache.block_size) + 1, device)
+        self.decode_buffers = make_decode_buffers(max_batch_size, session_len, device)
         self.graphs: DecodeGraphs | None = None
         self._host_tokens = _HostTokens(max_batch_size) if device.type == "cuda" else None
 
@@ -55,7 +57,7 @@ class Runner:
         """Replay decode steps from now on; `graphs` captures them."""
         from lmdeploy.engine.graphs import DecodeGraphs
 
-        self.graphs = DecodeGraphs(self.model, self.kv_cache, self.slots, max_batch_size)
+        self.graphs = DecodeGraphs(self.model, self.kv_cache, self.slots, self.decode_buffers, max_batch_size)
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
@@ -69,7 +71,7 @@ class Runner:
             step = self._replay(plan)
             if step is not None:
                 return step
-        batch = build_batch(plan, self.kv_cache, self.slots)
+        batch = build_batch(plan, self.kv_cache, self.slots, self.decode_buffers)
         hidden_states = self.model(batch.input_ids, batch.ctx)
         wants_report = any(entry.state.request.sampling.wants_report for entry in batch.entries)
         raw_logits, tokens = None, batch.sample_rows  # none of either where no prompt is complete yet

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lmdeploy import kernels
 from lmdeploy.engine.request import SamplingParams
 from lmdeploy.engine.state import RequestState
 
@@ -46,15 +47,42 @@ class Sampler:
 
             self._changes = self._changes or LogitChanges(self._vocab_size, self._device)
             self._changes.apply(logits, states)
-        tokens = logits.argmax(dim=-1)
-        is_valid = logits.gather(1, tokens[:, None])[:, 0].isfinite()  # argmax prefers NaN to any number
-        drawn = [row for row, p in enumerate(params) if p.temperature > 0]
-        if drawn:
-            tokens[drawn] = _draw(logits[drawn], [states[row] for row in drawn])
-        tokens = tokens.where(is_valid, INVALID_TOKEN)
+        if any(state.matcher is not None for state in states):
+            from lmdeploy.engine.guided import apply_grammars
+
+            apply_grammars(logits, states)
+        tokens = _choose(logits, states)
         if self._changes is not None:
             self._changes.add(tokens, states)
         return tokens
+
+
+def _choose(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
+    """The largest of each greedy row, a draw from each other: [R, V] -> [R] int64."""
+    drawn = [row for row, state in enumerate(states) if state.request.sampling.temperature > 0]
+    if not drawn:
+        return kernels.argmax(logits)
+    if logits.is_cuda and kernels.has_gpu_kernels():
+        return _draw_on_gpu(logits, states)
+    tokens = kernels.argmax(logits)
+    draws = _draw(logits[drawn], [states[row] for row in drawn])
+    tokens[drawn] = draws.where(tokens[drawn] != INVALID_TOKEN, INVALID_TOKEN)
+    return tokens
+
+
+def _draw_on_gpu(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
+    from lmdeploy.kernels.triton import sampling
+
+    params = [state.request.sampling for state in states]
+    numbers = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], device=logits.device)
+    temperature, top_p, min_p = numbers.T.contiguous()
+    integers = torch.tensor(
+        [[p.top_k, state.seed, state.num_tokens - 1] for p, state in zip(params, states, strict=True)],
+        dtype=torch.int64,
+        device=logits.device,
+    )
+    top_k, seeds, positions = integers.T.contiguous()
+    return sampling.draw(logits, temperature, top_k, top_p, min_p, sampling.uniforms(seeds, positions))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -6,6 +6,7 @@ one token budget. Chunked prefill, prefix hits and decode are that one subtracti
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from lmdeploy.engine.state import RequestState
 from lmdeploy.messages import FinishReason
 
 
-@dataclass
+@dataclass(slots=True)
 class Scheduled:
     """`num_tokens` tokens of one request, from position `start`; the last of them samples if `samples`."""
 
@@ -33,6 +34,7 @@ class StepPlan:
     scheduled: list[Scheduled]
 
 
+Wanted = tuple[RequestState, int]
 News = tuple[RequestState, list[int], FinishReason | None]
 
 
@@ -59,6 +61,7 @@ class Scheduler:
         self._retiring: list[RequestState] = []
 
     def add(self, state: RequestState) -> None:
+        state.max_tokens = min(len(state.prompt_ids) + state.request.sampling.max_new_tokens, self.session_len)
         self.waiting.append(state)
 
     @property
@@ -72,8 +75,9 @@ class Scheduler:
         # Decodes first: a long prompt must not hold them up. Only a decode can need new blocks (a prompt got all of its
         # own at admission), so a preempted request is never one that this step has already scheduled. Without blocks a
         # request has been preempted since the loop began.
-        for state in sorted(self.running, key=lambda state: self._num_schedulable(state) > 1):
-            num_tokens = min(self._num_schedulable(state), budget)
+        decodes, prompts = self._split_running()
+        for state, wanted in itertools.chain(decodes, prompts):
+            num_tokens = min(wanted, budget)
             if num_tokens > 0 and state.block_table and self._grow(state, num_tokens):
                 scheduled.append(self._commit(state, num_tokens))
                 budget -= num_tokens
@@ -103,7 +107,8 @@ class Scheduler:
                 state.num_placeholders -= 1
                 state.token_ids.append(token)
             end = entry.start + entry.num_tokens
-            self._name_full_blocks(state, end)
+            if self.enable_prefix_caching:
+                self._name_full_blocks(state, end)
             is_scored = state.request.sampling.max_new_tokens == 0 and end == len(state.prompt_ids)
             reason = "length" if is_scored else finish_reason(state, self.session_len) if token is not None else None
             if reason is not None:
@@ -129,15 +134,24 @@ class Scheduler:
             self.finish(state)
         return [state.output(finish_reason="abort") for state in states]
 
+    def _split_running(self) -> tuple[list[Wanted], list[Wanted]]:
+        """Running requests with the tokens that each could compute now: those with one, and those with more."""
+        decodes: list[Wanted] = []
+        prompts: list[Wanted] = []
+        for state in self.running:
+            wanted = self._num_schedulable(state)
+            if wanted == 1:
+                decodes.append((state, 1))
+            elif wanted:
+                prompts.append((state, wanted))
+        return decodes, prompts
+
     def _num_schedulable(self, state: RequestState) -> int:
         """The one subtraction, and nothing past the last token that may be sampled."""
-        if state.waits_for_own_token and state.num_placeholders:
+        num_tokens = len(state.token_ids) + state.num_placeholders
+        if state.num_placeholders and (state.waits_for_own_token or num_tokens >= state.max_tokens):
             return 0
-        sampling = state.request.sampling
-        is_last_in_flight = state.num_placeholders and (
-            state.num_output_tokens >= sampling.max_new_tokens or state.num_tokens >= self.session_len
-        )
-        return 0 if is_last_in_flight else state.num_tokens - state.num_computed_tokens
+        return num_tokens - state.num_computed_tokens
 
     def _commit(self, state: RequestState, num_tokens: int) -> Scheduled:
         start = state.num_computed_tokens
@@ -149,6 +163,8 @@ class Scheduler:
 
     def _grow(self, state: RequestState, num_tokens: int) -> bool:
         """Blocks for a running request's next tokens, preempting younger requests; False if it gave way itself."""
+        if state.num_computed_tokens + num_tokens <= len(state.block_table) * self.blocks.block_size:
+            return True
         needed = self.blocks.blocks_for(state.num_computed_tokens + num_tokens) - len(state.block_table)
         while True:
             new = self.blocks.allocate(max(needed, 0))
@@ -184,7 +200,7 @@ class Scheduler:
 
     def _name_full_blocks(self, state: RequestState, num_tokens: int) -> None:
         """Make blocks whose num_tokens tokens are really in the cache findable."""
-        if not self.enable_prefix_caching or not state.block_table:
+        if not state.block_table:
             return
         hashes = state.full_hashes(self.blocks.block_size)
         count = min(num_tokens // self.blocks.block_size, len(hashes))

@@ -59,21 +59,23 @@ class Slots:
     def write_rows(self, entries: Sequence[Scheduled], rows: np.ndarray) -> bool:
         """Fill rows [B, ROW_INTS] of a step of one token each; False if a table must be shown as a whole before."""
         values = []
+        lines, shown = self._lines, self._shown
         for entry in entries:
             state = entry.state
-            line = self._lines.get(state.request_id)
+            line = lines.get(state.request.request_id)
             if line is None:
                 return False
-            table, count = self._shown[line]
-            if table is not state.block_table or len(table) > count + 1:
-                return False
+            table, count = shown[line]
+            blocks = state.block_table
             block = -1
-            if len(table) > count:
-                block = table[-1]
-                self._shown[line] = (table, count + 1)
-            known = state.token_ids
-            token = known[entry.start] if entry.start < len(known) else -1
-            values.append((line, entry.start + 1, block, token, len(state.prompt_ids)))
+            if table is not blocks or len(blocks) > count:
+                if table is not blocks or len(blocks) > count + 1:
+                    return False
+                block = blocks[-1]
+                shown[line] = (table, count + 1)
+            start, known = entry.start, state.token_ids
+            token = known[start] if start < len(known) else -1
+            values.append((line, start + 1, block, token, len(state.prompt_ids)))
         rows[: len(values)] = values
         rows[len(values) :] = (self.padding, 0, -1, 0, 1)
         return True

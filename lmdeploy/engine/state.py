@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lmdeploy.engine.block_manager import block_hash
 from lmdeploy.engine.request import Request, RequestOutput
+from lmdeploy.messages import FinishReason
+
+if TYPE_CHECKING:
+    from lmdeploy.engine.guided import Matcher
 
 
 @dataclass(eq=False)
@@ -14,6 +19,8 @@ class RequestState:
 
     token_ids: prompt and known output. num_placeholders: tokens that a step in flight samples and the host does not
     know yet. num_computed_tokens: tokens whose K and V are in the cache, or will be once the steps in flight have run.
+    matcher: the place in the request's grammar, if it has one. waits_for_own_token: the next step needs the last token on
+    the host (a grammar, multi-token bad words). max_tokens: where the answer ends at the latest, set by the scheduler.
     """
 
     request: Request
@@ -22,6 +29,8 @@ class RequestState:
     prompt_ids: list[int] = field(init=False)
     token_ids: list[int] = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
+    waits_for_own_token: bool = field(init=False)
+    max_tokens: int = field(init=False)
     num_placeholders: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
@@ -32,11 +41,15 @@ class RequestState:
     num_named_blocks: int = 0
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     is_finished: bool = False
+    matcher: Matcher | None = None
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.request.prompt_ids
         self.token_ids = list(self.prompt_ids)
-        self.stop_ids = frozenset(self.request.sampling.stop_token_ids)
+        sampling = self.request.sampling
+        self.stop_ids = frozenset(sampling.stop_token_ids)
+        self.waits_for_own_token = self.matcher is not None or bool(sampling.bad_token_sequences)
+        self.max_tokens = len(self.prompt_ids) + sampling.max_new_tokens
 
     @property
     def request_id(self) -> str:
@@ -62,11 +75,6 @@ class RequestState:
         sampling = self.request.sampling
         return sampling.prompt_logprobs or "all" in (sampling.return_logits, sampling.return_hidden_states)
 
-    @property
-    def waits_for_own_token(self) -> bool:
-        """Whether the next step needs the last token on the host (multi-token bad words)."""
-        return bool(self.request.sampling.bad_token_sequences)
-
     def full_hashes(self, block_size: int) -> list[bytes]:
         """Hashes of all blocks that known tokens fill, extended as tokens arrive."""
         for index in range(len(self.block_hashes), len(self.token_ids) // block_size):
@@ -74,11 +82,15 @@ class RequestState:
             self.block_hashes.append(block_hash(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
         return self.block_hashes
 
-    def output(self, **values: object) -> RequestOutput:
+    def output(
+        self,
+        token_ids: list[int] | None = None,
+        finish_reason: FinishReason | None = None,
+        error: Exception | None = None,
+    ) -> RequestOutput:
         """An output of this request with its counters filled in."""
-        return RequestOutput(
-            self.request_id,
-            prompt_tokens=len(self.prompt_ids),
-            cached_tokens=self.num_cached_tokens or 0,
-            **values,  # type: ignore[arg-type]
+        output = RequestOutput(
+            self.request.request_id, token_ids or [], finish_reason, len(self.prompt_ids), self.num_cached_tokens or 0
         )
+        output.error = error
+        return output

@@ -14,6 +14,8 @@ import torch
 
 from lmdeploy import errors
 from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.control import Command
+from lmdeploy.engine.guided import GuidedVocabulary
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.validation import EngineInfo
 from lmdeploy.messages import FinishReason
@@ -31,8 +33,17 @@ class Submit(msgspec.Struct, tag=True):
     request: Request
 
 
+class LoadVocabulary(msgspec.Struct, tag=True):
+    vocabulary: GuidedVocabulary
+
+
 class Abort(msgspec.Struct, tag=True):
     request_id: str
+
+
+class Control(msgspec.Struct, tag=True):
+    number: int
+    command: Command
 
 
 class Close(msgspec.Struct, tag=True):
@@ -79,8 +90,15 @@ class Stats(msgspec.Struct, tag=True):
     values: dict[str, float]
 
 
-ToEngine = Start | Submit | Abort | Close
-FromEngine = Ready | Failure | Outputs | Stats
+class Done(msgspec.Struct, tag=True):
+    """The end of a Control, by its number."""
+
+    number: int
+    failure: Failure | None
+
+
+ToEngine = Start | LoadVocabulary | Submit | Abort | Control | Close
+FromEngine = Ready | Failure | Outputs | Stats | Done
 
 
 class Connection:

@@ -19,8 +19,9 @@ def resolve(model: str | None, *, revision: str | None = None, download_dir: str
     """Return the local folder or .gguf file that `model` names, fetched first if need be.
 
     model: a folder, a .gguf file, a hub id `owner/name`, one file of a hub `owner/name:FILE.gguf` (or with a slash), or
-    None for the built-in model. What exists locally wins. download_dir: where hubs and the built-in model keep files,
-    instead of their own caches. Raises ConfigError, or CheckpointError for a download whose checksum is wrong.
+    None for the built-in model. Of a workspace it is the folder of weights. What exists locally wins. download_dir: where
+    hubs and the built-in model keep files, instead of their own caches. Raises ConfigError, or CheckpointError for a
+    download whose checksum is wrong, and for a workspace of LMDeploy 0.x.
     """
     if model is None:
         return _builtin(download_dir)
@@ -60,6 +61,10 @@ def _local(path: Path) -> Path:
         raise ConfigError(f"model {str(path)!r} is a file but not a .gguf file; give the folder that holds config.json")
     if (path / "config.json").exists():
         return path
+    if any((path / where / "config.ini").exists() for where in ("triton_models/weights", "weights", "")):
+        from lmdeploy.workspace import weights_folder
+
+        return weights_folder(path)
     found = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf")
     if len(found) > 1:
         names = ", ".join(p.name for p in found)

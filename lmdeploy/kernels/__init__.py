@@ -32,12 +32,15 @@ __all__ = [
     "apply_rope",
     "argmax",
     "gated_activation",
+    "has_gpu_kernels",
     "latent_store_attend",
+    "make_decode_buffers",
     "paged_attention",
     "prepare_decode",
     "rms_norm",
     "rope_store_attend",
     "routed_mlp",
+    "runs_on_gpu",
     "store_kv",
     "store_rotate_attend",
     "store_tokens",
@@ -96,7 +99,20 @@ def rope_store_attend(
     """
     if isinstance(keys, Tensor) and isinstance(values, Tensor) and cpu.can_run(qkv) and cpu.supports(spec, qkv.dtype):
         return cpu.rope_store_attend(qkv, cos, sin, keys, values, ctx, spec)
+    if runs_on_gpu(qkv) and ctx.decode_buffers is not None:
+        from lmdeploy.kernels.triton import step
+
+        return step.rope_store_attend(qkv, cos, sin, keys, values, ctx, spec)
     return attention.rope_store_attend(qkv, cos, sin, keys, values, ctx, spec)
+
+
+def make_decode_buffers(max_batch: int, max_context_len: int, device: torch.device) -> object | None:
+    """What decode attention keeps from step to step on this device, if anything."""
+    if device.type != "cuda" or not has_gpu_kernels():
+        return None
+    from lmdeploy.kernels.triton.step import DecodeBuffers
+
+    return DecodeBuffers(max_batch, max_context_len, device)
 
 
 def argmax(logits: Tensor) -> Tensor:

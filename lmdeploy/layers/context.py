@@ -38,7 +38,8 @@ class ForwardContext:
     positions: [T] int64. cu_seqlens_q: [B + 1] int32. context_lens: [B] int32, tokens in the cache after this step.
     block_tables: [B, max_blocks] int32, padded with 0. slot_mapping: [T] int64, block * S + offset.
     prompt_lens: [B] int32, the length that fixes dynamic rotary scaling. query_lens, context_lens_host: the same numbers
-    as Python ints, so that no kernel must ask the device.
+    as Python ints, so that no kernel must ask the device. Requests of one token come first. decode_buffers: what the GPU's
+    decode attention keeps from step to step.
     """
 
     positions: Tensor
@@ -50,12 +51,18 @@ class ForwardContext:
     kv_cache: KVCache
     query_lens: list[int]
     context_lens_host: list[int]
+    decode_buffers: object | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def is_decode(self) -> bool:
         """Whether every request has exactly one token in this step."""
         return len(self.query_lens) == self.positions.shape[0]
+
+    @cached_property
+    def num_decodes(self) -> int:
+        """How many requests at the front have exactly one token."""
+        return next((row for row, count in enumerate(self.query_lens) if count != 1), len(self.query_lens))
 
     @cached_property
     def token_rows(self) -> Tensor:

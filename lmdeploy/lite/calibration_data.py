@@ -45,6 +45,10 @@ NAMED_SETS: dict[str, dict[str, Any]] = {
     },
     "pileval": {"path": "mit-han-lab/pile-val-backup", "split": "validation"},
     "gsm8k": {"path": "openai/gsm8k", "name": "main", "split": "train"},
+    "neuralmagic_calibration": {"path": "neuralmagic/calibration", "name": "LLM", "split": "train"},
+    "open-platypus": {"path": "garage-bAInd/Open-Platypus", "split": "train"},
+    # Streamed: the whole set is 24 GB.
+    "openwebtext": {"path": "Skylion007/openwebtext", "split": "train", "streaming": True},
 }
 
 
@@ -171,7 +175,7 @@ def _read_named(name: str) -> Iterator[str]:
     except ImportError as error:
         raise NotAvailable("the `datasets` library is not installed (pip install 'lmdeploy[lite]')") from error
     try:
-        rows = datasets.load_dataset(**NAMED_SETS[name], streaming=name == "c4")
+        rows = datasets.load_dataset(**NAMED_SETS[name])
         size = 0
         for row in rows:
             text = record_text(row)

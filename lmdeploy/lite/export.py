@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from lmdeploy.errors import ConfigError
 from lmdeploy.models.config import read_hf_config
-from lmdeploy.quantization.export import awq_tensors
-from lmdeploy.quantization.packing import AffineTensor
+from lmdeploy.workspace import tokenizer_folder
 
 _SHARD_BYTES = 2 << 30
 _FILE_MODE = 0o644
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*")
 _NOT_COPIED = ("*.index.json", "config.json", "quality.json")
 _INDEX = "model.safetensors.index.json"
+_SHARDS = "model-*-of-*.safetensors"
 
 
 class ShardWriter:
@@ -66,23 +67,17 @@ class ShardWriter:
         return self.folder / f"shard-{number:05}.safetensors"
 
     def _flush(self) -> None:
-        try:
-            save_file(self._pending, self._draft(len(self._shards)), metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{self.folder} cannot be written ({error}); free some space") from error
+        save_file(self._pending, self._draft(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
 
-def storable(name: str, value: Tensor | AffineTensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are written for one of the checkpoint's. Raises ConfigError for values beyond dtype's range."""
-    if isinstance(value, AffineTensor):
-        yield from awq_tensors(name.removesuffix(".weight"), value, dtype).items()
-        return
+def storable(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """An unquantized tensor as it is written. Raises ConfigError for values beyond dtype's range."""
     rounded = value.to(dtype) if value.is_floating_point() else value
     if rounded.is_floating_point() and not torch.isfinite(rounded).all():
         raise ConfigError(f"tensor {name} has values that {dtype} cannot hold; use --dtype bfloat16")
-    yield name, rounded
+    return rounded
 
 
 def write_config(source: Path, folder: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -105,6 +100,8 @@ def copy_companions(source: Path, folder: Path) -> None:
     if source.is_file():
         write_gguf_tokenizer(source, folder)
         return
+    if (source / "config.ini").exists():
+        source = tokenizer_folder(source)
     left_out = {path for pattern in _NOT_COPIED for path in source.glob(pattern)}
     for pattern in _COPIED:
         for path in source.glob(pattern):
@@ -144,10 +141,30 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def publish(draft: Path, output: Path) -> None:
-    """Give the finished folder its final name; into a folder that exists, file by file, config.json last."""
+    """Give the finished folder its final name; into a folder that exists, file by file, config.json last.
+
+    Weight files that an earlier model has left there go, since its index would lead to them.
+    """
     if not output.exists():
         os.replace(draft, output)
         return
+    new = {path.name for path in draft.iterdir()}
+    for path in [output / _INDEX, *output.glob(_SHARDS), output / "model.safetensors"]:
+        if path.name not in new:
+            path.unlink(missing_ok=True)
     for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output / path.name)
     draft.rmdir()
+
+
+@contextmanager
+def full_disk_is_an_error(folder: Path) -> Iterator[None]:
+    """What the system refuses to write becomes one ConfigError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(
+            f"{folder} cannot be written ({reason}); free some space or choose another --work-dir, and start the "
+            "command again"
+        ) from error

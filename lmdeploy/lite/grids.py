@@ -17,12 +17,16 @@ _ELEMENTS_AT_A_TIME = 1 << 21
 
 @dataclass(frozen=True)
 class GridSpec:
-    """bits per weight, input channels per group, whether the zero point is fixed in the middle, dtype of the scales."""
+    """bits per weight, input channels per group, whether the zero point is fixed in the middle, dtype of the scales.
+
+    min_zero: least zero point, for formats that cannot hold a zero of 0.
+    """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
     scale_dtype: torch.dtype = torch.float16
+    min_zero: int = 0
 
     @property
     def top(self) -> int:
@@ -49,7 +53,7 @@ class Grid:
             return Grid(scale, torch.full_like(scale, half + 1), spec)
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = _storable(((high - low) / spec.top).clamp(min=_TINY), spec)
-        return Grid(scale, torch.round(-low / scale).clamp_(0, spec.top), spec)
+        return Grid(scale, torch.round(-low / scale).clamp_(spec.min_zero, spec.top), spec)
 
     def round(self, weight: Tensor) -> Tensor:
         """Nearest codes of a weight [N, K], float32."""

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from lmdeploy.errors import CheckpointError
 from lmdeploy.layers.context import ForwardContext
 from lmdeploy.layers.linear import Linear
-from lmdeploy.lite.grids import GridSpec
 from lmdeploy.lite.moments import Key, Moments, Recorder, StopForward, install_recorder
-from lmdeploy.lite.recipe import Rounded, Statistics, round_unit, scale_groups
+from lmdeploy.lite.recipe import QuantizedWeight, Recipe, Rounded, Statistics, scale_groups
 from lmdeploy.lite.scaling import Unit, find_groups
 from lmdeploy.lite.stream import LayerStream, linears_of
-from lmdeploy.quantization.packing import AffineTensor
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Hidden:
 class QuantizedLayer:
     """What became of a layer. weights: by path of the linear; errors: output error of each, relative, and how it was made."""
 
-    weights: dict[str, AffineTensor] = field(default_factory=dict)
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     errors: dict[str, tuple[float, str]] = field(default_factory=dict)
 
 
@@ -75,34 +73,45 @@ def quantize_layer(
     original: nn.Module,
     layer: nn.Module,
     hidden: Hidden,
-    spec: GridSpec,
-    search: str,
+    recipe: Recipe,
     convertible: Callable[[str], bool],
     scalable: Callable[[str], bool],
 ) -> QuantizedLayer:
     """Quantize `layer`, a copy of `original`, in place, and move `hidden` behind it.
 
-    convertible, scalable: whether the linear at a path can be written in 4 bits, and whether it can be written at all.
+    convertible, scalable: whether the linear at a path can be written in few bits, and whether it can be written at all.
     """
     reference, recorder = install_recorder(original), install_recorder(layer)
     reference.is_reference = True
     recorder.pair_with(reference)
-    round_parameters(layer, spec.scale_dtype, convertible)
+    round_parameters(layer, recipe.dtype, convertible)
     result = QuantizedLayer()
     outputs: list[Tensor] = []
     linears = linears_of(layer)
     for is_attention in (True, False):
         paths = [path for path in linears if path.startswith("self_attn.") == is_attention]
-        statistics = _collect(run, original, layer, recorder, reference, hidden, paths, outputs)
+        statistics = _collect(run, original, layer, recorder, hidden, paths, None if is_attention else outputs)
         units = list(_units(linears, statistics.fitted, convertible))
         groups = find_groups(layer, (unit for unit in units if scalable(unit.path)), run.stream.config)
-        scale_groups(groups, statistics, spec, search)
-        round_parameters(layer, spec.scale_dtype, convertible)
-        rounded = {unit.key: _round(unit, statistics, spec, search) for unit in units if unit.is_converted}
+        scale_groups(groups, statistics, recipe)
+        round_parameters(layer, recipe.dtype, convertible)
+        rounded = {unit.key: _round(unit, statistics, recipe) for unit in units if unit.is_converted}
         _gather(rounded, result)
     for recording in (reference, recorder):
-        recording.start(frozenset(), None)
+        recording.start(frozenset())
     move(run, original, layer, hidden, torch.cat(outputs))
+    return result
+
+
+def quantize_layer_blindly(layer: nn.Module, recipe: Recipe, convertible: Callable[[str], bool]) -> QuantizedLayer:
+    """Quantize `layer` in place without any text: no scales, every input as important as any other."""
+    round_parameters(layer, recipe.dtype, convertible)
+    result = QuantizedLayer()
+    for path, linear in linears_of(layer).items():
+        if convertible(path):
+            unit = Unit(path, linear, slice(0, linear.out_features), (path, None))
+            uniform = Moments.uniform(linear.in_features, unit.weight.device)
+            _gather({unit.key: _round(unit, Statistics({unit.key: uniform}, {}), recipe)}, result)
     return result
 
 
@@ -133,24 +142,25 @@ def _collect(
     original: nn.Module,
     layer: nn.Module,
     recorder: Recorder,
-    reference: Recorder,
     hidden: Hidden,
     paths: list[str],
-    outputs: list[Tensor],
+    outputs: list[Tensor] | None,
 ) -> Statistics:
-    """Moments of the inputs of these linears. The first call runs the original to its end, for its outputs."""
-    is_first = not outputs
+    """Moments of the inputs of these linears. outputs: filled with the original's, which then runs to its end."""
+    reference = recorder.pair
+    assert reference is not None
     parts: list[dict[Key, Moments]] = []
     for spans in hidden.spans():
-        seen = [path for path in reference.seen if path in paths]
-        last = seen[-1] if seen else None
         for recording in (reference, recorder):
-            recording.start(frozenset(paths), last)
-        reference.last_wanted = None if is_first else last
+            recording.start(frozenset(paths))
         for span in spans:
+            seen = [path for path in reference.seen if path in paths]
+            recorder.last_wanted = seen[-1] if seen else None
+            reference.last_wanted = None if outputs is not None else recorder.last_wanted
             with _may_stop():
                 output = run(original, hidden.original[span])
-                outputs.extend([output] if is_first else ())
+                if outputs is not None:
+                    outputs.append(output)
             with _may_stop():
                 run(layer, hidden.quantized[span])
         parts.append(recorder.moments)
@@ -181,11 +191,10 @@ def _units(
             yield Unit(path, linear, slice(0, linear.out_features), (path, None), convertible(path))
 
 
-def _round(unit: Unit, statistics: Statistics, spec: GridSpec, search: str) -> Rounded:
-    clips = search == "best" or not unit.path.endswith((".qkv_proj", ".qkv_a_proj", ".q_b_proj"))
-    rounded = round_unit(unit, statistics, spec, search, clips=clips)
+def _round(unit: Unit, statistics: Statistics, recipe: Recipe) -> Rounded:
+    rounded = recipe.round(unit, statistics)
     # Exactly what will be read back, so that a resumed run sees the same hidden states.
-    unit.weight.copy_(rounded.grid.to_affine(rounded.codes).dequantize(torch.float32))
+    unit.weight.copy_(rounded.weight.dequantize(torch.float32))
     return rounded
 
 
@@ -194,7 +203,8 @@ def _gather(rounded: dict[Key, Rounded], result: QuantizedLayer) -> None:
     paths = dict.fromkeys(path for path, _ in rounded)
     for path in paths:
         parts = [value for (other, _), value in rounded.items() if other == path]
-        result.weights[path] = AffineTensor.stack([part.grid.to_affine(part.codes) for part in parts])
+        weights = [part.weight for part in parts]
+        result.weights[path] = type(weights[0]).stack(weights)  # type: ignore[arg-type]  # all are of one type
         error = sum(part.error for part in parts) / len(parts)
         result.errors[path] = error, parts[0].candidate
 

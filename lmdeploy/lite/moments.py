@@ -6,6 +6,7 @@ run of the layer that is being quantized, on what the quantized layers before it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -19,6 +20,9 @@ from lmdeploy.layers.norm import Norm
 from lmdeploy.lite.stream import linears_of
 from lmdeploy.quantization.unquantized import UnquantizedMethod
 
+_SAMPLED = 384  # inputs kept, of which each batch gives so many:
+_SAMPLED_AT_ONCE = 48
+
 Key: TypeAlias = tuple[str, int | None]
 """A linear's path in its layer, and of a linear that holds experts which one; None: all that the linear reads."""
 
@@ -28,11 +32,13 @@ class Moments:
     """Sums over tokens of an input x [K], beside the reference run's x0 and residuals r0, r of the linear's output [N].
 
     square: x x^T. drift: (x0 - x) x^T. residual: (r0 - r) x^T [N, K]. absolute: |x|, largest: the maximum of |x|.
+    sample: some of the inputs themselves, [M, K].
     """
 
     square: Tensor
     absolute: Tensor
     largest: Tensor
+    sample: Tensor
     count: int = 0
     drift: Tensor | None = None
     residual: Tensor | None = None
@@ -40,7 +46,13 @@ class Moments:
     @staticmethod
     def empty(size: int, device: torch.device) -> Moments:
         zeros = torch.zeros(size, device=device)
-        return Moments(torch.zeros(size, size, device=device), zeros, zeros.clone())
+        return Moments(torch.zeros(size, size, device=device), zeros, zeros.clone(), zeros.new_empty(0, size))
+
+    @staticmethod
+    def uniform(size: int, device: torch.device) -> Moments:
+        """Of inputs that nothing is known of: independent, all alike."""
+        ones, identity = torch.ones(size, device=device), torch.eye(size, device=device)
+        return Moments(identity, ones, ones.clone(), identity[:: max(1, size // _SAMPLED)], 1)
 
     def add(self, x: Tensor) -> None:
         """Inputs [T, K]."""
@@ -49,6 +61,8 @@ class Moments:
         self.absolute += magnitude.sum(0)
         if len(x):
             self.largest = torch.maximum(self.largest, magnitude.amax(0))
+            if len(self.sample) < _SAMPLED:
+                self.sample = torch.cat([self.sample, x[:: max(1, len(x) // _SAMPLED_AT_ONCE)]])
         self.count += len(x)
 
     def add_drift(self, x: Tensor, drift: Tensor, residual: Tensor | None) -> None:
@@ -73,6 +87,7 @@ class Moments:
             self.square / outer,
             self.absolute / scale,
             self.largest / scale,
+            self.sample / scale,
             self.count,
             None if self.drift is None else self.drift / outer,
             None if self.residual is None else self.residual / scale,
@@ -93,16 +108,16 @@ class Recorder:
         self.seen: list[str] = []
         self.is_reference = False
         self._inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._pair: Recorder | None = None
+        self.pair: Recorder | None = None
 
-    def start(self, wanted: frozenset[str], last_wanted: str | None) -> None:
-        """Forget everything, and record these from now on."""
-        self.moments, self.wanted, self.last_wanted = {}, wanted, last_wanted
+    def start(self, wanted: frozenset[str]) -> None:
+        """Forget everything, and record these from now on, in runs that do not end early."""
+        self.moments, self.wanted, self.last_wanted = {}, wanted, None
         self._inputs = {}
 
     def pair_with(self, reference: Recorder) -> None:
         """Compare what is recorded with what the reference has recorded for the same tokens just before."""
-        self._pair = reference
+        self.pair = reference
 
     def record(self, path: str, x: Tensor, residual: Tensor | None) -> None:
         """A linear reads x [T, K] and adds residual [T, N]."""
@@ -114,8 +129,8 @@ class Recorder:
             else:
                 moments = self._moments((path, None), x)
                 moments.add(x)
-                if self._pair is not None and path in self._pair._inputs:
-                    x0, residual0 = self._pair._inputs.pop(path)
+                if self.pair is not None and path in self.pair._inputs:
+                    x0, residual0 = self.pair._inputs.pop(path)
                     added = None if residual0 is None or residual is None else residual0 - residual
                     moments.add_drift(x, x0 - x, added)
         if path == self.last_wanted:
@@ -161,25 +176,43 @@ class RecordingMethod(UnquantizedMethod):
         """As kernels.routed_mlp, expert by expert."""
         down_path = self._paths[id(down)]
         self.recorder.record(self.path, x, None)
-        up_weights, down_weights = (
-            linear.method.dense_weight(linear).unflatten(0, (len(down.parts), -1)) for linear in (gate_up, down)
+        out = run_experts(
+            x,
+            (weights, experts),
+            (gate_up, down),
+            (activation, clamp),
+            lambda expert, read, hidden, answer: self.recorder.record_expert(down_path, expert, hidden),
         )
-        up_bias, down_bias = (
-            None if linear.bias is None else linear.bias.unflatten(0, (len(down.parts), -1))
-            for linear in (gate_up, down)
-        )
-        out = torch.zeros_like(x)
-        for expert in range(len(down.parts)):
-            tokens, choice = (experts == expert).nonzero(as_tuple=True)
-            hidden = nn.functional.linear(x[tokens], up_weights[expert], None if up_bias is None else up_bias[expert])
-            hidden = gated_activation(hidden, activation) if clamp is None else clamped_swiglu(hidden, clamp)
-            self.recorder.record_expert(down_path, expert, hidden)
-            answer = nn.functional.linear(
-                hidden, down_weights[expert], None if down_bias is None else down_bias[expert]
-            )
-            out.index_add_(0, tokens, answer * weights[tokens, choice, None].to(x.dtype))
         self.recorder.record(down_path, x.new_empty(0, down.in_features), None)
         return out
+
+
+def run_experts(
+    x: Tensor,
+    routing: tuple[Tensor, Tensor],
+    linears: tuple[Linear, Linear],
+    activation: tuple[str, float | None],
+    see: Callable[[int, Tensor, Tensor, Tensor], None],
+) -> Tensor:
+    """kernels.routed_mlp, expert by expert, with plain weights.
+
+    routing: weights and experts [T, k]; linears: gate_up and down; activation: its name and its clamp. see(expert, input of
+    gate_up, input of down, output of down) is called for each expert.
+    """
+    (weights, experts), (name, clamp) = routing, activation
+    count = len(linears[1].parts)
+    up_weights, down_weights = (linear.method.dense_weight(linear).unflatten(0, (count, -1)) for linear in linears)
+    biases = [None if linear.bias is None else linear.bias.unflatten(0, (count, -1)) for linear in linears]
+    out = torch.zeros_like(x)
+    for expert in range(count):
+        tokens, choice = (experts == expert).nonzero(as_tuple=True)
+        up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
+        hidden = nn.functional.linear(x[tokens], up_weights[expert], up_bias)
+        hidden = gated_activation(hidden, name) if clamp is None else clamped_swiglu(hidden, clamp)
+        answer = nn.functional.linear(hidden, down_weights[expert], down_bias)
+        see(expert, x[tokens], hidden, answer)
+        out.index_add_(0, tokens, answer * weights[tokens, choice, None].to(x.dtype))
+    return out
 
 
 def install_recorder(layer: nn.Module) -> Recorder:

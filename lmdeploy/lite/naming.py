@@ -7,7 +7,8 @@ computes anew cannot be undone; such a tensor is kept as it is in the source.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,9 @@ from torch import Tensor, nn
 
 from lmdeploy.layers.linear import Linear
 from lmdeploy.lite.stream import LayerStream, layer_of
-from lmdeploy.models.weights import Piece, dense
+from lmdeploy.models.weights import Piece, Value, dense
 from lmdeploy.quantization.packing import AffineTensor
-
-_PACKED_ROWS = 8  # of a 4-bit weight in one 32-bit word of the AWQ format
+from lmdeploy.quantization.scaled import ScaledTensor
 
 
 @dataclass(frozen=True)
@@ -57,52 +57,50 @@ def outside_layers(stream: LayerStream) -> Iterator[tuple[str, Tensor]]:
             yield name, dense(stream.source.read(name))
 
 
-def convertible_linears(origins: list[Origin], index: int, layer: nn.Module, group_size: int) -> set[str]:
-    """Paths of linears whose tensors can all be written as AWQ's triplets in groups of this size."""
+def convertible_linears(
+    origins: list[Origin], index: int, layer: nn.Module, fits: Callable[[tuple[int, ...]], bool]
+) -> set[str]:
+    """Paths of linears whose tensors can all be written quantized. fits: whether the format holds a weight of this shape."""
     kinds: dict[str, bool] = {}
     for origin in origins:
-        path, leaf = _path(origin, index)
+        path, leaf = path_of(origin, index)
         module = layer.get_submodule(path)
         if isinstance(module, Linear) and leaf == "weight":
-            fits = len(origin.shape) == 2 and origin.shape[0] % _PACKED_ROWS == 0 and origin.shape[1] % group_size == 0
             is_weight = origin.name.endswith(".weight")
-            kinds[path] = kinds.get(path, True) and fits and is_weight and origin.is_reversible
-    return {path for path, fits in kinds.items() if fits}
-
-
-def linear_paths(origins: list[Origin], index: int, layer: nn.Module) -> set[str]:
-    """Paths of all linears of the layer."""
-    paths = {_path(origin, index)[0] for origin in origins}
-    return {path for path in paths if isinstance(layer.get_submodule(path), Linear)}
+            kinds[path] = kinds.get(path, True) and fits(origin.shape) and is_weight and origin.is_reversible
+    return {path for path, is_convertible in kinds.items() if is_convertible}
 
 
 def writable_modules(origins: list[Origin], index: int) -> set[str]:
     """Paths of modules all of whose tensors can be written back after their values changed."""
-    paths = {_path(origin, index)[0] for origin in origins}
-    return paths - {_path(origin, index)[0] for origin in origins if not origin.is_reversible}
+    paths = {path_of(origin, index)[0] for origin in origins}
+    return paths - {path_of(origin, index)[0] for origin in origins if not origin.is_reversible}
 
 
-def restored(origin: Origin, layer: nn.Module, index: int, quantized: dict[str, AffineTensor]) -> Tensor | AffineTensor:
+def restored(
+    origin: Origin, layer: nn.Module, index: int, quantized: Mapping[str, AffineTensor | ScaledTensor]
+) -> Value:
     """The tensor's values out of the layer's parameters: of a quantized linear, in integers."""
-    path, leaf = _path(origin, index)
+    path, leaf = path_of(origin, index)
     module = layer.get_submodule(path)
-    value: Tensor | AffineTensor
+    value: Value
     if isinstance(module, Linear) and leaf == "weight":
         value = quantized[path] if path in quantized else module.method.dense_weight(module)
     else:
         value = getattr(module, leaf).data
-    rows = _model_rows(origin, module)
-    if isinstance(value, AffineTensor):
-        return value.rows(rows)
-    return value.cpu()[rows].view(origin.shape)
+    rows = model_rows(origin, module)
+    if isinstance(value, Tensor):
+        return value.cpu()[rows].view(origin.shape)
+    return value.rows(rows)
 
 
-def _path(origin: Origin, index: int) -> tuple[str, str]:
+def path_of(origin: Origin, index: int) -> tuple[str, str]:
+    """The module that the tensor belongs to, and which of its parameters it is."""
     path, _, leaf = origin.parameter.removeprefix(f"layers.{index}.").rpartition(".")
     return path, leaf
 
 
-def _model_rows(origin: Origin, module: nn.Module) -> Tensor:
+def model_rows(origin: Origin, module: nn.Module) -> Tensor:
     """For each row of the checkpoint's tensor, the row of the parameter that holds it."""
     lengths = origin.shape[:-1] if origin.pieces[0].name.endswith(".weight") and len(origin.shape) > 1 else origin.shape
     numbers = torch.arange(math.prod(lengths)).view(lengths)
@@ -114,3 +112,8 @@ def _model_rows(origin: Origin, module: nn.Module) -> Tensor:
         start = 0 if piece.part is None else sum(parts[: piece.part])
         rows[sources.flatten()] = torch.arange(start, start + sources.numel())
     return rows
+
+
+def without_numbers(name: str) -> str:
+    """A module's name for all layers and experts at once: model.layers.*.mlp.gate."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

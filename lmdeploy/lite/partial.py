@@ -17,33 +17,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmdeploy.errors import ConfigError
 from lmdeploy.models.weight_files import TensorInfo
+from lmdeploy.models.weights import Value
 from lmdeploy.quantization.packing import AffineTensor
+from lmdeploy.quantization.scaled import ScaledTensor
 
 _SETTINGS = "settings.json"
 _WINDOWS = "windows.safetensors"
-_Q, _SCALES, _MINS = ":q", ":scales", ":mins"
+_Q4, _Q8, _SCALED, _SCALES, _MINS = ":q4", ":q8", ":scaled", ":scales", ":mins"
 
 
 class Partial:
     """The folder of one run. is_resumed: whether it already held a run with the same settings."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        """Open the folder, emptied unless it belongs to a run with equal settings. Raises ConfigError if it cannot be made."""
+        """Open the folder, emptied unless it belongs to a run with equal settings. Raises OSError if it cannot be made."""
         self.path = output.with_name(output.name + ".partial")
         wanted = json.dumps(settings, indent=2, sort_keys=True)
         known = self.path / _SETTINGS
         self.is_resumed = known.is_file() and known.read_text(encoding="utf-8") == wanted
-        try:
-            if not self.is_resumed and self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            known.write_text(wanted, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"--work-dir: {self.path} cannot be written ({error.strerror}); choose another"
-            ) from error
+        if not self.is_resumed and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        known.write_text(wanted, encoding="utf-8")
 
     def save_windows(self, windows: Tensor, source: str) -> None:
         """The calibration's token ids [W, S], and where they came from."""
@@ -57,14 +53,17 @@ class Partial:
         with safe_open(file, framework="pt") as stored:
             return stored.get_tensor("windows").long(), (stored.metadata() or {})["source"]
 
-    def save_layer(self, index: int, tensors: Mapping[str, Tensor | AffineTensor], report: Mapping[str, Any]) -> None:
+    def save_layer(self, index: int, tensors: Mapping[str, Value], report: Mapping[str, Any]) -> None:
         """A layer's tensors under their checkpoint names, and its errors."""
         flat: dict[str, Tensor] = {}
         for name, value in tensors.items():
-            if isinstance(value, AffineTensor):
-                flat |= {name + _Q: value.q, name + _SCALES: value.scales, name + _MINS: value.mins}
-            else:
+            if isinstance(value, Tensor):
                 flat[name] = value
+            elif isinstance(value, AffineTensor):
+                form = _Q4 if value.bits == 4 else _Q8
+                flat |= {name + form: value.q, name + _SCALES: value.scales, name + _MINS: value.mins}
+            else:
+                flat |= {name + _SCALED: value.q, name + _SCALES: value.scales}
         flat = {name: value.contiguous() for name, value in flat.items()}
         _save(flat, self._layer_file(index), {"report": json.dumps(report)})
 
@@ -94,27 +93,34 @@ class StoredLayer:
     def __init__(self, flat: dict[str, Tensor], report: dict[str, Any]) -> None:
         self._flat = flat
         self.report = report
-        names = [name.removesuffix(_Q) for name in flat if not name.endswith((_SCALES, _MINS))]
-        self.infos = {name: self._info(name) for name in names}
+        self._forms: dict[str, str] = {}
+        for key in flat:
+            name, colon, form = key.rpartition(":")
+            if colon + form not in (_SCALES, _MINS):
+                self._forms[name if colon else key] = colon + form if colon else ""
+        self.infos = {name: self._info(name, form) for name, form in self._forms.items()}
 
-    def read(self, name: str) -> Tensor | AffineTensor:
-        if name in self._flat:
-            return self._flat[name]
-        q, scales, mins = (self._flat[name + part] for part in (_Q, _SCALES, _MINS))
-        return AffineTensor(q, scales, mins, 4)
+    def read(self, name: str) -> Value:
+        form = self._forms[name]
+        q = self._flat[name + form]
+        if not form:
+            return q
+        scales = self._flat[name + _SCALES]
+        if form == _SCALED:
+            return ScaledTensor(q, scales, q.shape[1])
+        return AffineTensor(q, scales, self._flat[name + _MINS], 4 if form == _Q4 else 8)
 
-    def _info(self, name: str) -> TensorInfo:
-        if name in self._flat:
-            return TensorInfo(tuple(self._flat[name].shape))
-        return TensorInfo(tuple(self._flat[name + _Q].shape), "affine4")
+    def _info(self, name: str, form: str) -> TensorInfo:
+        q = self._flat[name + form]
+        kinds = {"": "dense", _Q4: "affine4", _Q8: "affine8", _SCALED: str(q.dtype).removeprefix("torch.")}
+        return TensorInfo(tuple(q.shape), kinds[form])
 
 
 def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write under another name first. Raises ConfigError when the disk is full."""
+    """Write under another name first."""
     draft = file.with_suffix(".tmp")
     try:
         save_file(tensors, draft, metadata=metadata)
         os.replace(draft, file)
-    except (OSError, SafetensorError) as error:
+    finally:
         draft.unlink(missing_ok=True)
-        raise ConfigError(f"{file} cannot be written ({error}); free some space and start the command again") from error

@@ -1,4 +1,4 @@
-"""How the weights of one layer are scaled and rounded under each of the three searches. It runs no layer.
+"""How the weights of one layer become integers by groups, under each of three searches. It runs no layer.
 
 none: LMDeploy's default, a fixed exponent and plain rounding. awq: scales by grid search, then clipping, as in AWQ.
 best: scales judged together with clipping, also for the output projection of shared heads; then GPTQ on the scaled weights,
@@ -8,7 +8,9 @@ towards what the original layer gives on the original inputs; of all candidates 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,17 +20,19 @@ from lmdeploy.lite.gptq import damped, gptq_round
 from lmdeploy.lite.grids import Grid, GridSpec, clipped_grid, plain_grid
 from lmdeploy.lite.moments import Key, Moments
 from lmdeploy.lite.scaling import ScaleGroup, Unit, fixed_scale, output_error, searched_scale
+from lmdeploy.quantization.packing import AffineTensor
+from lmdeploy.quantization.scaled import ScaledTensor
 
-SEARCHES = ("none", "awq", "best")
+QuantizedWeight: TypeAlias = AffineTensor | ScaledTensor
 _COMPENSATIONS = (0.5, 1.0)
+_NOT_CLIPPED = (".qkv_proj", ".qkv_a_proj", ".q_b_proj")  # queries and keys, which AWQ leaves
 
 
 @dataclass(frozen=True)
 class Rounded:
     """One unit's result. error: of the output, relative to the output; candidate: what it was made by."""
 
-    grid: Grid
-    codes: Tensor
+    weight: QuantizedWeight
     error: float
     candidate: str
 
@@ -53,51 +57,83 @@ class Statistics:
                 moments[unit.key] = moments[unit.key].divided(columns)
 
 
-def scale_groups(groups: list[ScaleGroup], statistics: Statistics, spec: GridSpec, search: str) -> None:
-    """Find and fold the scales of all groups."""
+class Recipe(Protocol):
+    """How the linears of a layer are scaled and rounded. dtype: of what is not quantized."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def find_scale(self, group: ScaleGroup, statistics: Statistics) -> Tensor | None: ...
+
+    def round(self, unit: Unit, statistics: Statistics) -> Rounded: ...
+
+
+def scale_groups(groups: Iterable[ScaleGroup], statistics: Statistics, recipe: Recipe) -> None:
+    """Find and fold the scales of all groups of which something is quantized."""
     for group in groups:
         if not group.converted:
             continue
         for unit in group.units:
             statistics.of(unit)
-        moments = statistics.fitted
-        if search == "none":
-            scale = fixed_scale(group, moments, spec)
-        elif search == "awq" and group.repeats is not None:
-            scale = None
-        else:
-            is_best = search == "best"
-            scale = searched_scale(group, moments, spec, with_weights=is_best, clip=is_best)
+        scale = recipe.find_scale(group, statistics)
         if scale is not None:
             group.fold(scale)
             for unit in group.units:
                 statistics.divided(unit, group.spread(scale))
 
 
-def round_unit(unit: Unit, statistics: Statistics, spec: GridSpec, search: str, *, clips: bool) -> Rounded:
-    """Round one unit's weight. clips: whether the awq search may clip it (queries and keys it leaves)."""
-    weight, (fitted, held_out) = unit.weight, statistics.of(unit)
-    candidates: dict[str, tuple[Grid, Tensor]] = {}
-    importance = fitted.mean_square
-    if search == "none" or not clips:
-        grid = plain_grid(weight, spec)
-        candidates["rtn"] = grid, grid.round(weight)
-    else:
+@dataclass(frozen=True)
+class AffineRecipe:
+    """Integers by groups. search: none, awq or best."""
+
+    spec: GridSpec
+    search: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the scales, and of what is not quantized."""
+        return self.spec.scale_dtype
+
+    def find_scale(self, group: ScaleGroup, statistics: Statistics) -> Tensor | None:
+        """The group's factors by the search; None where it folds nothing."""
+        moments = statistics.fitted
+        if self.search == "none":
+            return fixed_scale(group, moments, self.spec)
+        if self.search == "awq" and group.repeats is not None:
+            return None
+        is_best = self.search == "best"
+        return searched_scale(group, moments, self.spec, with_weights=is_best, clip=is_best)
+
+    def round(self, unit: Unit, statistics: Statistics) -> Rounded:
+        """Round one unit's weight."""
+        weight, (fitted, held_out) = unit.weight, statistics.of(unit)
+        candidates = self._candidates(unit, fitted)
+        drift = _drift(weight, held_out)
+        errors = {
+            name: _judged(grid.values(codes) - weight, held_out, drift) for name, (grid, codes) in candidates.items()
+        }
+        best = min(errors, key=errors.__getitem__)
+        relative = errors[best] / max(output_error(weight, held_out.square), 1e-30)
+        if not math.isfinite(relative):
+            raise CheckpointError(f"{unit.path}: rounding gives no number; the weights or the text are broken")
+        grid, codes = candidates[best]
+        return Rounded(grid.to_affine(codes), relative, best)
+
+    def _candidates(self, unit: Unit, fitted: Moments) -> dict[str, tuple[Grid, Tensor]]:
+        """Grids and codes by the way they were made."""
+        weight, importance, spec = unit.weight, fitted.mean_square, self.spec
+        if self.search == "none" or (self.search == "awq" and unit.path.endswith(_NOT_CLIPPED)):
+            grid = plain_grid(weight, spec)
+            return {"rtn": (grid, grid.round(weight))}
         grid = clipped_grid(weight, importance, spec)
-        candidates["clip"] = grid, grid.round(weight)
-    if search == "best":
-        candidates["gptq"] = grid, gptq_round(weight, fitted.square, grid)
-        for share in _COMPENSATIONS if fitted.drift is not None else ():
-            target = weight + share * compensation(weight, fitted)
-            grid = clipped_grid(target, importance, spec)
-            candidates[f"gptq+{share:g}"] = grid, gptq_round(target, fitted.square, grid)
-    drift = _drift(weight, held_out)
-    errors = {name: _judged(grid.values(codes) - weight, held_out, drift) for name, (grid, codes) in candidates.items()}
-    best = min(errors, key=errors.__getitem__)
-    relative = errors[best] / max(output_error(weight, held_out.square), 1e-30)
-    if not math.isfinite(relative):
-        raise CheckpointError(f"{unit.path}: rounding gives no number; the weights or the calibration text are broken")
-    return Rounded(*candidates[best], relative, best)
+        candidates = {"clip": (grid, grid.round(weight))}
+        if self.search == "best":
+            candidates["gptq"] = grid, gptq_round(weight, fitted.square, grid)
+            for share in _COMPENSATIONS if fitted.drift is not None else ():
+                target = weight + share * compensation(weight, fitted)
+                grid = clipped_grid(target, importance, spec)
+                candidates[f"gptq+{share:g}"] = grid, gptq_round(target, fitted.square, grid)
+        return candidates
 
 
 def compensation(weight: Tensor, moments: Moments) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,34 @@ def format_quality(figures: Mapping[str, Any], num_scored: int) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Run:
+    """What was done. model: its name; title: of the format; command: of `lmdeploy lite`; summary: of the settings."""
+
+    model: str
+    title: str
+    command: str
+    summary: str
+
+
 def write_report(
     folder: Path,
     figures: Mapping[str, Any],
     num_scored: int,
-    settings: Mapping[str, Any],
+    run: Run,
     layers: Sequence[Mapping[str, Any]],
     answers: Sequence[tuple[str, str, str]],
-) -> None:
-    """quality.json, README.md, and a plot where matplotlib is installed. answers: prompt, original's, quantized one's."""
+) -> bool:
+    """quality.json, README.md, and a plot; False where matplotlib is missing for it.
+
+    answers: prompt, original's, quantized one's.
+    """
     (folder / "quality.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     has_plot = plot_errors(layers, folder / _PLOT)
     lines = [
-        f"# {settings['model']}, quantized to {settings['bits']} bits",
+        f"# {run.model}, quantized: {run.title}",
         "",
-        f"AWQ format, groups of {settings['group_size']}, search `{settings['search']}`; made by `lmdeploy lite auto_awq`.",
+        f"{run.summary[0].upper()}{run.summary[1:]}; made by `lmdeploy lite {run.command}`.",
         f"Calibrated on {figures['calib']}.",
         "",
         "```",
@@ -82,6 +96,7 @@ def write_report(
     for prompt, original, quantized in answers:
         lines += ["", f"**{prompt}**", "", "Original:", "", _quoted(original), "", "Quantized:", "", _quoted(quantized)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return has_plot
 
 
 def plot_errors(layers: Sequence[Mapping[str, Any]], file: Path) -> bool:
@@ -102,7 +117,8 @@ def plot_errors(layers: Sequence[Mapping[str, Any]], file: Path) -> bool:
         yscale="log",
         title="Error of each layer, held-out text",
     )
-    axes.legend(fontsize="small")
+    if names:
+        axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
     return True
 

@@ -185,7 +185,7 @@ def searched_scale(
     if with_weights:
         candidates += [normalized(activation ** (step / 10) / share ** (1 - step / 10)) for step in range(1, 10)]
     grid: Callable[[Tensor, Tensor, GridSpec], Grid] = roughly_clipped_grid if clip else _unclipped
-    sampled = [_some_rows(unit.weight) for unit in units]
+    sampled = [some_rows(unit.weight) for unit in units]
     errors = [
         sum(
             _scaled_error(weight, moments[unit.key], group.spread(scale), spec, grid)
@@ -200,7 +200,7 @@ def _unclipped(weight: Tensor, importance: Tensor, spec: GridSpec) -> Grid:
     return plain_grid(weight, spec)
 
 
-def _some_rows(weight: Tensor) -> Tensor:
+def some_rows(weight: Tensor) -> Tensor:
     """At most _JUDGED_ROWS rows, evenly spread."""
     step = max(1, len(weight) // _JUDGED_ROWS)
     return weight[::step]

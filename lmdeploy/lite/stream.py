@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lmdeploy.kernels.reference.w8a8 import quantize_tokens
 from lmdeploy.layers.context import ForwardContext, KVCache
 from lmdeploy.layers.linear import Linear
+from lmdeploy.layers.norm import Norm
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.checkpoint import open_checkpoint, refuse_pointer
 from lmdeploy.models.config import ModelConfig, load_config
@@ -50,6 +52,16 @@ class OneLayerCache(KVCache):
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return super().layer(0)
+
+
+class RoundedInputs(UnquantizedMethod):
+    """The product of int8 weights with activations that are rounded to int8 per token, in float32."""
+
+    name = "rounded_inputs"
+
+    def apply(self, linear: Linear, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        integers, scales = quantize_tokens(x if norm is None else norm(x))
+        return super().apply(linear, integers.float() * scales, residual=residual)
 
 
 class LayerStream:
@@ -145,7 +157,7 @@ class LayerStream:
             for piece in wanted:
                 slot = self._slots[piece.name]
                 if isinstance(slot.module, Linear) and not hasattr(slot.module, "method"):
-                    slot.module.method = UnquantizedMethod()
+                    slot.module.method = RoundedInputs() if slot.kinds == {"int8"} else UnquantizedMethod()
                 if slot.num_filled == len(slot.parts):  # read before, and dropped since
                     slot.num_filled = 0
                 place(piece.value(value), name, piece, slot, self.device, DTYPE)

@@ -141,9 +141,17 @@ class ModelConfig:
 
 
 def load_config(path: str | Path, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The config of a checkpoint folder or a GGUF file; hf_overrides is laid over config.json, key by key where nested."""
-    hf = merge(read_hf_config(Path(path)), hf_overrides or {})
-    return ModelConfig.from_hf(hf)
+    """The config of a checkpoint folder or a GGUF file; hf_overrides is laid over config.json, key by key where nested.
+
+    In a workspace the edits of its config.ini lie between the two.
+    """
+    path = Path(path)
+    config = ModelConfig.from_hf(merge(read_hf_config(path), hf_overrides or {}))
+    if not (path / "config.ini").exists():
+        return config
+    from lmdeploy.models.workspace_config import edited
+
+    return edited(config, path)
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class EventStream(Response):
             (b"x-accel-buffering", b"no"),
         ]
         self._events = events
+        self._encoder = msgspec.json.Encoder()
         self._frame, self._end = (b"data: %b\n\n", b"data: [DONE]\n\n") if is_sse else (b"%b\n", b"")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,20 +59,41 @@ class EventStream(Response):
             await while_connected(self._send_all(send), receive)
 
     async def _send_all(self, send: Send) -> None:
-        encoder = msgspec.json.Encoder()
         async with aclosing(self._events) as events:
             first = await anext(events, None)
             await send({"type": "http.response.start", "status": 200, "headers": self._start_headers})
             try:
                 if first is not None:
-                    await self._send(send, encoder.encode(first))
+                    await self._send(send, self._encode(first))
                 async for event in events:
-                    await self._send(send, encoder.encode(event))
+                    await self._send(send, self._encode(event))
             except Exception as error:
                 if not isinstance(error, LMDeployError):
                     get_logger().exception("a stream has failed")
-                await self._send(send, encoder.encode(problem_of(error).body()))
+                await self._send(send, self._encode(self._failure(error)))
             await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        """What the client gets of an error that comes once the stream has begun."""
+        return problem_of(error).body()
+
+    def _encode(self, event: object) -> bytes:
+        return self._frame % self._encoder.encode(event)
+
     async def _send(self, send: Send, data: bytes) -> None:
-        await send({"type": "http.response.body", "body": self._frame % data, "more_body": True})
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+class NamedEventStream(EventStream):
+    """Server-sent events that bear their `type` as the event's name, too, and have no frame at the end."""
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__(events)
+        self._end = b""
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        return {"type": "error", **problem_of(error).typed_body()}
+
+    def _encode(self, event: object) -> bytes:
+        assert isinstance(event, dict)
+        return b"event: %b\n%b" % (event["type"].encode(), super()._encode(event))

@@ -17,10 +17,24 @@ from lmdeploy.errors import EngineDead, LMDeployError, PromptTooLong, RequestErr
 _INVALID_REQUEST = "invalid_request_error"
 _MAX_MESSAGE_CHARS = 2000
 _MAX_FINDINGS = 5
+# Where clients expect Anthropic's errors, and the names these have there.
+_TYPED_PATHS = ("/v1/messages", "/anthropic/")
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class UnknownModel(RequestError):
     """The request names a model that is not served here."""
+
+
+class UnknownItem(RequestError):
+    """The request asks for something that is not there, or not any more."""
 
 
 class Overloaded(LMDeployError):
@@ -29,6 +43,14 @@ class Overloaded(LMDeployError):
 
 class Draining(LMDeployError):
     """The server finishes what runs and takes nothing new."""
+
+
+class Sleeping(LMDeployError):
+    """The engine has given its memory back until it is woken."""
+
+
+class Forbidden(LMDeployError):
+    """The request asks for administration without the key for that."""
 
 
 class AnswerFailed(LMDeployError):
@@ -55,11 +77,18 @@ class Problem:
         flat = {"message": self.message[:_MAX_MESSAGE_CHARS], "type": self.type, "param": self.param, "code": self.code}
         return {"object": "error", **flat, "error": flat}
 
-    def response(self) -> Response:
+    def typed_body(self) -> dict[str, Any]:
+        """Anthropic's form."""
+        kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _INVALID_REQUEST)
+        return {"type": "error", "error": {"type": kind, "message": self.message[:_MAX_MESSAGE_CHARS]}}
+
+    def response(self, path: str = "") -> Response:
+        """path: of the request; that decides the body's form."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
-        return json_response(self.body(), self.status, headers)
+        is_typed = path.startswith(_TYPED_PATHS)
+        return json_response(self.typed_body() if is_typed else self.body(), self.status, headers)
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -71,6 +100,10 @@ def problem_of(error: Exception) -> Problem:
     """What a client hears of an error: its own mistakes in full, of the server's nothing but that there was one."""
     if isinstance(error, UnknownModel):
         return Problem(404, str(error), _INVALID_REQUEST, "model_not_found", "model")
+    if isinstance(error, UnknownItem):
+        return Problem(404, str(error), _INVALID_REQUEST, "not_found")
+    if isinstance(error, Forbidden):
+        return Problem(401, str(error), "authentication_error", "invalid_api_key")
     if isinstance(error, PromptTooLong):
         return Problem(400, str(error), _INVALID_REQUEST, "context_length_exceeded")
     if isinstance(error, RequestError):
@@ -79,6 +112,8 @@ def problem_of(error: Exception) -> Problem:
         return Problem(429, str(error), "rate_limit_error", "queue_full", retry_after_s=1)
     if isinstance(error, Draining):
         return Problem(503, str(error), "service_unavailable", 503, retry_after_s=5)
+    if isinstance(error, Sleeping):
+        return Problem(503, str(error), "service_unavailable", "sleeping", retry_after_s=5)
     if isinstance(error, EngineDead):
         return Problem(503, "the engine has stopped; the server has to be restarted", "service_unavailable", 503)
     return Problem(500, "the server failed on this request; its log says why", "internal_error", 500)
@@ -93,15 +128,22 @@ def install(app: FastAPI) -> None:
     """Answer every exception that a handler of this app raises."""
 
     async def on_error(request: Request, error: Exception) -> Response:
-        return problem_of(error).response()
+        return problem_of(error).response(request.scope["path"])
+
+    async def on_failure(request: Request, error: Exception) -> Response:
+        """Outside every middleware, and so without the id that one of them adds."""
+        answer = await on_error(request, error)
+        if request_id := request.scope.get("state", {}).get("request_id"):
+            answer.headers["x-request-id"] = request_id
+        return answer
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _validation_problem(error).response()
+        return _validation_problem(error).response(request.scope["path"])
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        answer = refusal(error.status_code, str(error.detail)).response()
+        answer = refusal(error.status_code, str(error.detail)).response(request.scope["path"])
         answer.headers.update(error.headers or {})
         return answer
 
@@ -112,7 +154,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ClientGone, on_gone)
-    app.add_exception_handler(Exception, on_error)
+    app.add_exception_handler(Exception, on_failure)
 
 
 def _validation_problem(error: RequestValidationError) -> Problem:

@@ -5,48 +5,67 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lmdeploy.serve import chat_page
 from lmdeploy.serve.errors import Problem, refusal
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", *chat_page.PATHS})
 
 
 class Authentication:
     """Lets a request through that bears one of the keys; without keys every one. Denies what it does not understand.
 
     The path is the one that is routed (`scope["path"]`), which no header can change. `scope["state"]["tenant"]` becomes a
-    digest of the key, by which caches are kept apart.
+    digest of the key, by which caches are kept apart; `scope["state"]["is_admin"]` tells the administrator's key, which
+    opens every path.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], admin_api_key: str | None = None) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._digests = [_digest(key.encode()) for key in api_keys]
+        self._admin_digest = None if admin_api_key is None else _digest(admin_api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or not self._digests:
+        if scope["type"] == "lifespan" or not (self._digests or self._admin_digest):
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
             return
-        digest = self._find(scope)
-        if digest is None and scope["path"] not in OPEN_PATHS:
+        given = _given_key(scope["headers"])
+        digest = _digest(given or b"")
+        # Every key is compared, in constant time.
+        same = [hmac.compare_digest(known, digest) for known in self._digests]
+        is_user = given is not None and True in same
+        is_admin = given is not None and hmac.compare_digest(self._admin_digest or b"", digest)
+        if self._digests and not (is_user or is_admin) and scope["path"] not in OPEN_PATHS:
             message = "give one of the server's API keys in the header `Authorization: Bearer KEY`"
-            await Problem(401, message, "authentication_error", "invalid_api_key").response()(scope, receive, send)
+            problem = Problem(401, message, "authentication_error", "invalid_api_key")
+            await problem.response(scope["path"])(scope, receive, send)
             return
-        scope.setdefault("state", {})["tenant"] = "" if digest is None else digest.hex()
+        state = scope.setdefault("state", {})
+        state["tenant"] = digest.hex() if is_user or is_admin else ""
+        state["is_admin"] = is_admin
         await self._app(scope, receive, send)
 
-    def _find(self, scope: Scope) -> bytes | None:
-        """The digest of the key that the request bears; every key is compared, in constant time."""
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, key = (values[0] if len(values) == 1 else b"").partition(b" ")
-        given = hashlib.sha256(key.strip()).digest()
-        same = [digest for digest in self._digests if hmac.compare_digest(digest, given)]
-        return same[0] if same and scheme.lower() == b"bearer" else None
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _given_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The one key that a request bears, as a bearer or, as Anthropic's clients do, in `x-api-key`; None of two."""
+    found = set()
+    for name, value in headers:
+        if name == b"x-api-key":
+            found.add(value.strip())
+        elif name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            found.add(key.strip() if scheme.lower() == b"bearer" else b"")
+    return found.pop() if len(found) == 1 else None
 
 
 class BodyLimits:
@@ -70,7 +89,7 @@ class BodyLimits:
         if body is None:
             return
         if isinstance(body, Problem):
-            await body.response()(scope, receive, send)
+            await body.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, _replay(body, receive), send)
 

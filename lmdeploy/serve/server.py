@@ -9,13 +9,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmdeploy.errors import ConfigError
-from lmdeploy.serve.service import Service
 
 _MAX_HEADER_BYTES = 64 << 10
 _BACKLOG = 2048
@@ -26,6 +26,13 @@ _LAST_WORDS_S = 2  # after the drain, for connections to take what is still on i
 class Tls:
     key_file: str
     cert_file: str
+
+
+class Drainable(Protocol):
+    """num_active: answers in work. is_draining: set once no new ones are to be taken."""
+
+    num_active: int
+    is_draining: bool
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -75,9 +82,7 @@ class Server(uvicorn.Server):
             ssl_certfile=tls.cert_file if tls else None,
         )
         super().__init__(config)
-        service = app.state.service
-        assert isinstance(service, Service)
-        self._service = service
+        self._service: Drainable = app.state.service
         self._drain_timeout_s = drain_timeout_s
         self._is_cut_off = False
 

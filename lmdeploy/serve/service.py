@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 from lmdeploy.async_engine import AsyncEngine, Prompt
 from lmdeploy.chat_template.base import DEFAULT_OPTIONS, RenderOptions
+from lmdeploy.engine.control import TAGS, Sleep, UpdateWeights, Wake
 from lmdeploy.errors import EngineDead, InvalidParameter, RequestError
 from lmdeploy.messages import GenerationConfig, Response
-from lmdeploy.serve.errors import AnswerFailed, Draining, Overloaded, UnknownModel
+from lmdeploy.serve.errors import AnswerFailed, Draining, Overloaded, Sleeping, UnknownModel
 from lmdeploy.serve.metrics import Metrics
+from lmdeploy.serve.parsers.formats import AnswerFormats
+from lmdeploy.serve.response_store import ResponseStore
+from lmdeploy.serve.sessions import Sessions
 from lmdeploy.serve.settings import ServerSettings
 
 _QUEUED_BATCHES = 8
+_QUEUED_CACHES = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts and how to answer each. tenant: whose prefix cache they may share.
+    """Prompts and how to answer each. tenant: whose prefix cache they may share. session_id: by which it may be aborted.
 
     Response.index of the answers counts prompt by prompt, `config.n` answers for each.
     """
@@ -32,6 +40,22 @@ class Job:
     options: RenderOptions = DEFAULT_OPTIONS
     tenant: str = ""
     is_streaming: bool = False
+    session_id: int | None = None
+
+
+@dataclass(eq=False)
+class _Work:
+    """A job in the engine. num_tokens: of its prompts, as far as they are known. names: of the prompts."""
+
+    job: Job
+    names: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    is_aborted: bool = False
+
+    def request_ids(self) -> list[str]:
+        """As the engine has them."""
+        n = self.job.config.n
+        return self.names if n == 1 else [f"{name}-{number}" for name in self.names for number in range(n)]
 
 
 class Service:
@@ -43,8 +67,16 @@ class Service:
         self.metrics = Metrics(settings.model_name, engine.client.stats)
         self.created = int(time.time())
         self.max_active = settings.max_concurrent_requests or _QUEUED_BATCHES * engine.client.info.max_batch_size
+        info = engine.client.info
+        self.max_tokens = settings.max_queued_tokens or _QUEUED_CACHES * info.num_blocks * info.block_size
         self.num_active = 0
+        self.num_tokens = 0
         self.is_draining = False
+        self.asleep: frozenset[str] = frozenset()
+        self.formats = AnswerFormats(engine, settings.tool_call_parser, settings.reasoning_parser)
+        self.responses = ResponseStore()
+        self.sessions = Sessions()
+        self._works: set[_Work] = set()
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModel unless the name, if one is given, is that of the served model."""
@@ -64,6 +96,42 @@ class Service:
             return f"the engine has made no step for {age:.0f} seconds"
         return None
 
+    def abort_all(self, session_id: int | None = None) -> int:
+        """End all jobs, or those of a session, whoever's they are; their answers end with 'abort'. Returns how many."""
+        works = [work for work in self._works if session_id is None or work.job.session_id == session_id]
+        for work in works:
+            self._abort(work)
+        return len(works)
+
+    def cancel(self, tenant: str, session_id: int) -> None:
+        """End a tenant's jobs of this session; -1 is none."""
+        for work in self._works:
+            if session_id != -1 and (work.job.tenant, work.job.session_id) == (tenant, session_id):
+                self._abort(work)
+
+    async def sleep(self, level: int) -> None:
+        """Give the engine's memory back; what runs is aborted, and nothing new is taken until it is woken."""
+        before, self.asleep = self.asleep, TAGS
+        try:
+            await asyncio.to_thread(self.engine.client.control, Sleep(level))
+        except BaseException:
+            self.asleep = before
+            raise
+
+    async def wake(self, tags: frozenset[str]) -> None:
+        await asyncio.to_thread(self.engine.client.control, Wake(sorted(tags)))
+        self.asleep -= tags
+
+    async def update_weights(self, path: Path) -> None:
+        """Replace the weights by those of a folder below the one that the settings allow."""
+        allowed = self.settings.weights_dir
+        if allowed is None:
+            raise InvalidParameter("the server was started without --weights-dir, below which new weights have to lie")
+        real = await asyncio.to_thread(_folder_below, allowed, path)
+        if real is None:
+            raise InvalidParameter(f"{str(path)[:300]!r} is no folder below the server's --weights-dir")
+        await asyncio.to_thread(self.engine.client.control, UpdateWeights(str(real)))
+
     async def answer(self, job: Job) -> AsyncGenerator[Response, None]:
         """The Responses of all the job's answers, as they come.
 
@@ -74,11 +142,15 @@ class Service:
         self._admit(count)
         timer = self.metrics.timer(job.is_streaming)
         num_ended = 0
-        streams = [self._generate(job, number) for number in range(len(job.prompts))]
+        work = _Work(job, [uuid.uuid4().hex for _ in job.prompts])
+        self._works.add(work)
+        streams = [self._generate(work, number) for number in range(len(job.prompts))]
         try:
             async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as responses:
                 async for response in responses:
                     timer.observe(response)
+                    if work.is_aborted:
+                        self._abort(work)
                     if response.finish_reason is not None:
                         num_ended += 1
                         self.num_active -= 1
@@ -90,6 +162,8 @@ class Service:
             raise
         finally:
             self.num_active -= count - num_ended
+            self.num_tokens -= work.num_tokens
+            self._works.discard(work)
 
     async def collect(self, job: Job) -> list[Response]:
         """Every answer whole, in order of index."""
@@ -99,6 +173,8 @@ class Service:
     def _admit(self, count: int) -> None:
         if self.is_draining:
             raise Draining("the server is shutting down; ask another one, or ask again later")
+        if self.asleep:
+            raise Sleeping("the engine sleeps; ask again later")
         if count > self.max_active:
             raise InvalidParameter(f"the request asks for {count} answers; this server takes {self.max_active} at once")
         if self.num_active + count > self.max_active:
@@ -107,7 +183,28 @@ class Service:
             )
         self.num_active += count
 
-    async def _generate(self, job: Job, number: int) -> AsyncGenerator[Response, None]:
+    def _admit_tokens(self, work: _Work, count: int) -> None:
+        """A prompt of `count` tokens joins the work; a lone one always does, whatever the bound."""
+        if work.num_tokens and work.num_tokens + count > self.max_tokens:
+            raise InvalidParameter(
+                f"the request's prompts have more than {self.max_tokens:,} tokens, which this server takes at once; send "
+                "fewer of them"
+            )
+        if self.num_tokens > work.num_tokens and self.num_tokens + count > self.max_tokens:
+            raise Overloaded(
+                f"prompts of {self.num_tokens:,} tokens are in work or waiting, at most {self.max_tokens:,}; ask again later"
+            )
+        work.num_tokens += count
+        self.num_tokens += count
+
+    def _abort(self, work: _Work) -> None:
+        """Also of what the engine does not have yet: with its first Response this is asked again."""
+        work.is_aborted = True
+        for request_id in work.request_ids():
+            self.engine.client.abort(request_id)
+
+    async def _generate(self, work: _Work, number: int) -> AsyncGenerator[Response, None]:
+        job = work.job
         responses = self.engine.generate(
             job.prompts[number],
             job.config,
@@ -115,10 +212,22 @@ class Service:
             options=job.options,
             cache_salt=job.tenant,
             is_streaming=job.is_streaming,
+            request_id=work.names[number],
+            admit=partial(self._admit_tokens, work),
         )
         async with aclosing(responses):
             async for response in responses:
                 yield replace(response, index=number * job.config.n + response.index) if number else response
+
+
+def _folder_below(allowed: Path, path: Path) -> Path | None:
+    """The folder that the path leads to, links followed; None unless it lies below the allowed one."""
+    try:
+        real = (allowed / path).resolve()
+        is_below = real.is_relative_to(allowed.resolve()) and real.is_dir()
+    except (OSError, ValueError, RuntimeError):  # a null byte, a loop of links
+        return None
+    return real if is_below else None
 
 
 def _failure(response: Response) -> Exception:

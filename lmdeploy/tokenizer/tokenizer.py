@@ -146,6 +146,10 @@ def _load(path: Path) -> tuple[Vocabulary, TokenizerSettings]:
         return build_gguf_vocabulary(path, metadata), read_gguf_settings(metadata)
     if not path.is_dir():
         raise CheckpointError(f"{str(path)!r} is neither a folder nor a GGUF file; there is no tokenizer to read")
+    if (path / "config.ini").exists():
+        from lmdeploy.workspace import tokenizer_folder
+
+        path = tokenizer_folder(path)
     settings = read_settings(path)
     for file in _candidates(path):
         _refuse_lfs_pointer(file)

@@ -40,12 +40,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert run(capsys, flag) == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["convert"])
-def test_later_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, command, "api_server", "X", "--tp", "1")
-    assert (status, out, err) == (2, "", f"error: `lmdeploy {command}` is not in this version yet\n")
-
-
 def test_misspelt_flag_and_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "chat", "M", "--cache-max-entry-cout", "0.5")
     assert status == 2

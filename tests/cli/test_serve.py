@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from lmdeploy.cli import main, serve
 from lmdeploy.errors import ConfigError
 from lmdeploy.serve.settings import ServerSettings
 from tests.cli.command_line import parse, parse_with_notices
+from tests.tiny_model import make_tiny_llama
 
 OLD_LINES = {
     "lmdeploy serve api_server PATH --model-format hf --quant-policy 0 --server-name 0.0.0.0 --server-port 23333 --tp 1": 0,
@@ -41,7 +44,15 @@ def test_flags_become_settings() -> None:
         "--allow-credentials --disable-fastapi-docs --disable-metrics"
     )
     assert serve._settings(parse(line)) == ServerSettings(
-        "n", ("a", "b"), 9, allow_origins=("http://x",), allow_credentials=True, has_docs=False, has_metrics=False
+        "n",
+        ("a", "b"),
+        9,
+        allow_origins=("http://x",),
+        allow_credentials=True,
+        has_docs=False,
+        has_metrics=False,
+        tool_call_parser="auto",
+        reasoning_parser="auto",
     )
 
 
@@ -107,3 +118,67 @@ def test_tls_needs_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_defaults_of_another_folder() -> None:
     with pytest.raises(ConfigError, match="give auto, lmdeploy, or a folder"):
         serve._folder("/no/such/folder")
+
+
+# Command lines of tutorials; M is the model.
+TUTORIAL_LINES = (
+    "api_server M --model-format hf --quant-policy 0 --server-name 0.0.0.0 --server-port 23333 --tp 1",
+    "api_server M --cache-max-entry-count 0.4 --model-format awq --quant-policy 0 --server-name 0.0.0.0 "
+    "--server-port 23333 --tp 1",
+    "api_server M --model-format awq --quant-policy 4 --cache-max-entry-count 0.1\\\n  --server-name 0.0.0.0 "
+    "--server-port 23333 --tp 1",
+    "api_server M/ --model-format awq --quant-policy 4 --cache-max-entry-count 0.1 --server-name 0.0.0.0 "
+    "--server-port 23333 --tp 1",
+    "api_server M --server_name 0.0.0.0 --server_port 23333 --instance_num 64 --tp 1",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), hidden_size=128)
+
+
+@pytest.mark.parametrize("line", TUTORIAL_LINES)
+def test_command_lines_of_the_tutorials_start(
+    line: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the wait for requests; the engine on a thread."""
+    from lmdeploy.engine import process
+    from lmdeploy.engine.client import ThreadClient
+    from lmdeploy.serve import server
+
+    bound: list[Any] = []
+    bind = server.bind
+    monkeypatch.setattr(process, "ProcessClient", ThreadClient)
+    monkeypatch.setattr(server, "bind", lambda *address: bound.append(address) or bind("127.0.0.1", 0))
+    monkeypatch.setattr(server.Server, "run_on", lambda self, sock: bound.append(self) or sock.close() or 0)
+    monkeypatch.setenv("LMDEPLOY_DEVICE_MEMORY", "16GiB")
+    line = line.replace("\\\n", "").replace("M", str(tiny), 1)
+    assert main.main(["serve", *shlex.split(line)]) == 0
+    assert bound[0] == ("0.0.0.0", 23333)
+    assert isinstance(bound[1], server.Server)
+    err = capsys.readouterr().err
+    assert f"serving {tiny}" in err
+    if "instance" in line:
+        assert bound[1]._service.engine.client.info.max_batch_size == 64
+
+
+@pytest.mark.parametrize("words", [["-h"], ["api_server", "-h"]])
+def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main.main(["serve", *words])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "api_server" in out
+    assert ("--server-port" in out) == (words != ["-h"])
+
+
+def test_flags_of_administration_and_the_log() -> None:
+    line = (
+        "lmdeploy serve api_server M --admin-api-key k --weights-dir /w --allow-terminate-by-client --enable-abort-handling "
+        "--max-queued-tokens 7 --log-format json"
+    )
+    settings = serve._settings(parse(line))
+    assert (settings.admin_api_key, settings.weights_dir) == ("k", Path("/w"))
+    assert (settings.allow_terminate, settings.allow_abort, settings.has_request_log) == (True, True, True)
+    assert settings.max_queued_tokens == 7

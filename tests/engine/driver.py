@@ -9,6 +9,7 @@ import torch
 
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.core import Engine
+from lmdeploy.engine.graphs import DecodeGraphs, Graph
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 
 
@@ -48,3 +49,26 @@ def join(joined: dict[str, RequestOutput], output: RequestOutput) -> None:
 
 def greedy(name: str, prompt_ids: list[int], max_new_tokens: int = 12, **sampling: object) -> Request:
     return Request(name, prompt_ids, SamplingParams(max_new_tokens=max_new_tokens, **sampling))  # type: ignore[arg-type]
+
+
+class UncapturedGraphs(DecodeGraphs):
+    """Decode steps prepared from the slots as graphs are, and run as they are, which a CPU can."""
+
+    def context_lens_host(self, size: int) -> list[int]:
+        return self._inputs.context_lens[:size].tolist()
+
+    def replay(self, size: int, graph: Graph) -> torch.Tensor:
+        return super().replay(size, graph).clone()  # a CPU has no stream that keeps copies and replays in order
+
+    def capture(self, size: int, keeps_logits: bool) -> None:
+        tokens = torch.zeros(size, dtype=torch.int64)
+        self.graphs[size, keeps_logits] = Graph(lambda: tokens.copy_(self.step(size, keeps_logits)), tokens)  # type: ignore[arg-type, return-value]
+
+
+def replay_uncaptured(engine: Engine, max_batch_size: int) -> None:
+    """Let decode steps of the engine go the way of graphs; of all batch sizes, since twins take no padding."""
+    runner = engine.runner
+    runner.graphs = UncapturedGraphs(runner.model, runner.kv_cache, runner.slots, None, max_batch_size)
+    for size in range(1, max_batch_size + 1):
+        for keeps_logits in (False, True):
+            runner.graphs.capture(size, keeps_logits)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lmdeploy.engine.core import Engine
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 from lmdeploy.errors import ConfigError, InvalidParameter, PromptTooLong
-from tests.engine.driver import greedy, make_engine, run
+from tests.engine.driver import greedy, make_engine, replay_uncaptured, run
 
 NUM_BLOCKS = 24
 VOCAB = 384
@@ -23,19 +23,23 @@ def plain(tiny_llama: Path) -> Engine:
     return make_engine(tiny_llama)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids="{}-in-flight".format)
+@pytest.fixture(scope="module", params=[(1, False), (2, False), (3, False), (2, True), (3, True)], ids=str)
 def crowded(tiny_llama: Path, request: pytest.FixtureRequest) -> Engine:
-    """Small chunks, few blocks, prefix caching."""
-    return make_engine(
+    """Small chunks, few blocks, prefix caching; 1 to 3 steps in flight; decode steps prepared as graphs replay them."""
+    steps, is_replayed = request.param
+    engine = make_engine(
         tiny_llama,
         cache_max_entry_count=NUM_BLOCKS,
         block_size=8,
         max_prefill_token_num=24,
         max_batch_size=6,
         enable_prefix_caching=True,
-        max_steps_in_flight=request.param,
+        max_steps_in_flight=steps,
         session_len=NUM_BLOCKS * 8,
     )
+    if is_replayed:
+        replay_uncaptured(engine, 6)
+    return engine
 
 
 def one_by_one(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lmdeploy.errors import ConfigError
-from lmdeploy.lite.calibration_data import NotAvailable, read_texts, record_text, spread_windows
+from lmdeploy.lite.calibration_data import NAMED_SETS, NotAvailable, read_texts, record_text, spread_windows
+from tests.lite.checkpoints import FakeDatasets
 
 TEXTS = ["The first text, with a comma.", "第二段", 'A "quoted" third\nover two lines']
 
@@ -80,3 +81,40 @@ def test_short_text_gives_fewer_windows() -> None:
     assert len(spread_windows(list(range(120)), 8, 50, 2)) == 2
     with pytest.raises(ConfigError, match="99 tokens"):
         spread_windows(list(range(99)), 8, 50, 2)
+
+
+def test_parquet_records(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS})
+    parquet.write_table(table, tmp_path / "text.parquet")
+    assert read_texts(str(tmp_path / "text.parquet")) == TEXTS
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ConfigError, match=r"broken\.parquet cannot be read"):
+        read_texts(str(tmp_path / "broken.parquet"))
+
+
+@pytest.mark.parametrize("name", NAMED_SETS)
+def test_named_set_comes_from_a_source_without_scripts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeDatasets([{"text": text} for text in TEXTS])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert read_texts(name) == TEXTS
+    (options,) = library.asked
+    assert "trust_remote_code" not in options
+    assert options["path"] == "parquet" or "/" in str(options["path"])
+
+
+def test_fetching_ends_when_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdeploy.lite.calibration_data._MAX_CHARACTERS", 40)
+    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets([{"text": "x" * 30}] * 9))
+    assert len(read_texts("c4")) == 2
+
+
+def test_failed_fetch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Offline:
+        def load_dataset(self, **options: object) -> None:
+            raise ConnectionError("no route to the hub\nand a long trace")
+
+    monkeypatch.setitem(sys.modules, "datasets", Offline())
+    with pytest.raises(NotAvailable, match=r"^gsm8k cannot be fetched: no route to the hub$"):
+        read_texts("gsm8k")

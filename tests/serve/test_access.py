@@ -23,7 +23,8 @@ def test_every_path_but_health_needs_a_key(serve: Any) -> None:
         for method in ("GET", "POST", "DELETE"):
             answer = served.ask(method, path)
             assert (answer.status_code == 401) == (path not in OPEN_PATHS), (method, path, answer.status_code)
-    assert sorted(OPEN_PATHS) == ["/health", "/health/live", "/health/ready"]
+    pages = ["/chat", "/chat/chat.css", "/chat/chat.js"]
+    assert sorted(OPEN_PATHS) == [*pages, "/health", "/health/live", "/health/ready"]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,12 @@ STATUS = {
     errors.RequestError: 400,
     errors.InvalidParameter: 400,
     errors.PromptTooLong: 400,
+    errors.InvalidGrammar: 400,
     errors.EngineDead: 503,
     http.UnknownModel: 404,
+    http.UnknownItem: 404,
+    http.Forbidden: 401,
+    http.Sleeping: 503,
     http.Overloaded: 429,
     http.Draining: 503,
     http.AnswerFailed: 500,
@@ -53,9 +57,11 @@ def test_every_class_has_its_status(kind: type[LMDeployError], serve: Any) -> No
 
     answer = served.get("/fails")
     assert answer.status_code == STATUS[kind]
-    is_own_fault = issubclass(kind, (errors.RequestError, http.Overloaded, http.Draining))
+    is_own_fault = issubclass(
+        kind, (errors.RequestError, http.Overloaded, http.Draining, http.Forbidden, http.Sleeping)
+    )
     assert (SECRET in answer.text) == is_own_fault
-    assert ("retry-after" in answer.headers) == (kind in (http.Overloaded, http.Draining))
+    assert ("retry-after" in answer.headers) == (kind in (http.Overloaded, http.Draining, http.Sleeping))
     assert error_of(answer)["type"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx2
 import pytest
 
 from tests.serve.driver import HELLO, break_off, endless, error_of
@@ -104,3 +105,33 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(serve: Any) -> None:
     answer = asyncio.run(drain())
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] == 150
+
+
+def test_the_queue_is_bounded_by_tokens_too(serve: Any) -> None:
+    served = serve(endless, max_queued_tokens=60, client={"session_len": 1 << 20})
+    body = {"model": "tiny", "prompt": [list(range(4, 44))], "ignore_eos": True, "max_tokens": 1 << 19}
+
+    async def run() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(served.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server", timeout=20) as client:
+            asking = asyncio.create_task(client.post("/v1/completions", json=body))
+            await wait_until(lambda: served.service.num_tokens == 40)
+            answers = [await client.post("/v1/completions", json={**body, "max_tokens": 1})]
+            answers.append(await client.post("/v1/completions", json={**body, "prompt": [[5] * 20], "max_tokens": 1}))
+            served.service.abort_all()
+            return [*answers, await asking]
+
+    refused, taken, aborted = asyncio.run(run())
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert "tokens" in error_of(refused)["message"]
+    assert (taken.status_code, aborted.status_code) == (200, 200)
+    assert (served.service.num_tokens, served.service.num_active) == (0, 0)
+
+
+def test_a_request_alone_is_taken_however_long_it_is(serve: Any) -> None:
+    served = serve(endless, max_queued_tokens=10)
+    assert served.complete(prompt=list(range(4, 44)), max_tokens=1).status_code == 200
+    many = served.complete(prompt=[[5] * 8, [6] * 8], max_tokens=1)
+    assert many.status_code == 400
+    assert "fewer" in error_of(many)["message"]
+    assert served.service.num_tokens == 0

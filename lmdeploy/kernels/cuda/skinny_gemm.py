@@ -98,7 +98,7 @@ def is_available() -> bool:
     from lmdeploy.logging import get_logger
 
     try:
-        nvrtc.cubin("dequantize.cu", {"GROUP": 128, "ZERO": 1, "FP16": 0}, _arch())
+        nvrtc.cubin("dequantize.cu", {"GROUP": 128, "ZERO": 1, "FP16": 0}, arch())
     except nvrtc.KernelError as error:
         get_logger().warning("the CUDA kernels are not used: %s", error)
         return False
@@ -262,7 +262,7 @@ def _kernel(variant: Variant, unit: int) -> Kernel:
     ring = warps * t.stages * t.row_tiles * unit
     x_ring = t.x_stages * t.warps_k * variant.token_tiles * 8 * _ROW_BYTES
     sums = warps * t.row_tiles * variant.token_tiles * 512
-    arch = _arch()
+    arch = arch()
     is_bulk = arch.startswith("sm_9") or arch.startswith("sm_1")
     return Kernel(
         nvrtc.cubin("skinny_gemm.cu", variant.macros(is_bulk), arch),
@@ -277,11 +277,11 @@ def _kernel(variant: Variant, unit: int) -> Kernel:
 @functools.cache
 def _dequantize_kernel(group_size: int, has_zeros: bool, is_half: bool) -> Kernel:
     macros = {"GROUP": group_size, "ZERO": int(has_zeros), "FP16": int(is_half)}
-    return Kernel(nvrtc.cubin("dequantize.cu", macros, _arch()), "dequantize", threads=256)
+    return Kernel(nvrtc.cubin("dequantize.cu", macros, arch()), "dequantize", threads=256)
 
 
 @functools.cache
-def _arch() -> str:
+def arch() -> str:
     """The device's own architecture; from Hopper on with its own instructions."""
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")

@@ -7,9 +7,12 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from lmdeploy.async_engine import AsyncEngine
-from lmdeploy.serve import errors
+from lmdeploy.serve import chat_page, errors
+from lmdeploy.serve.anthropic import app as anthropic
 from lmdeploy.serve.middleware import Authentication, BodyLimits
-from lmdeploy.serve.openai import chat, completions, embeddings, native, status
+from lmdeploy.serve.openai import chat, completions, embeddings, interactive, native, responses, status
+from lmdeploy.serve.openai.admin import admin_router
+from lmdeploy.serve.request_log import RequestIds
 from lmdeploy.serve.service import Service
 from lmdeploy.serve.settings import ServerSettings
 from lmdeploy.version import __version__
@@ -22,7 +25,16 @@ _REFUSALS = {
     429: "the queue is full; Retry-After says when to ask again",
     503: "the engine has stopped, or the server is shutting down",
 }
-_ROUTERS = (chat.router, completions.router, embeddings.router, native.router, status.router)
+_ROUTERS = (
+    chat.router,
+    completions.router,
+    responses.router,
+    anthropic.router,
+    embeddings.router,
+    native.router,
+    interactive.router,
+    status.router,
+)
 
 
 def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
@@ -31,13 +43,15 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     app = pages if settings.has_docs else FastAPI(openapi_url=None)
     app.state.service = Service(engine, settings)
     errors.install(app)
-    for router in _ROUTERS:
+    for router in (*_ROUTERS, admin_router(settings)):
         app.include_router(router, responses={status: {"description": text} for status, text in _REFUSALS.items()})
+    if settings.has_docs:
+        app.include_router(chat_page.router)
     if settings.has_metrics:
         app.include_router(status.metrics_router)
     # The last that is added is the first that a request meets.
     app.add_middleware(BodyLimits, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    app.add_middleware(Authentication, api_keys=settings.api_keys)
+    app.add_middleware(Authentication, api_keys=settings.api_keys, admin_api_key=settings.admin_api_key)
     if settings.allow_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -46,4 +60,5 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
             allow_headers=settings.allow_headers,
             allow_credentials=settings.allow_credentials,
         )
+    app.add_middleware(RequestIds, has_log=settings.has_request_log)
     return app

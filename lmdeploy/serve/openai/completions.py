@@ -47,7 +47,7 @@ def prompt_list(prompt: Sequence[Any] | str) -> list[Prompt]:
 
 
 def _check(body: CompletionRequest) -> None:
-    refuse_unsupported(body, "suffix", "response_format")
+    refuse_unsupported(body, "suffix")
     check_stream_options(body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidParameter(f"best_of={body.best_of} is not supported: leave it out, and take n answers")
@@ -68,11 +68,19 @@ class _Answer:
             DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
             logprobs=body.logprobs,
             return_ppl=body.echo and body.logprobs is not None,
+            response_format=None if body.response_format is None else body.response_format.form(),
         )
         self._service = service
         self._tokenizer = service.engine.tokenizer
         self._body = body
-        self._job = Job(prompt_list(body.prompt), config, do_preprocess=False, tenant=tenant, is_streaming=body.stream)
+        self._job = Job(
+            prompt_list(body.prompt),
+            config,
+            do_preprocess=False,
+            tenant=tenant,
+            is_streaming=body.stream,
+            session_id=body.session_id,
+        )
         self._usage = Usage(config.n)
         self._has_usage = body.stream_options is not None and body.stream_options.include_usage
         self._offsets: dict[int, int] = {}

@@ -58,7 +58,9 @@ def _job(body: GenerateRequest, tenant: str) -> Job:
     config = generation_config(body, body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=0 if body.return_logprob else None)
     prompt = body.prompt if body.input_ids is None else body.input_ids
     assert prompt is not None
-    return Job([prompt], config, do_preprocess=False, tenant=tenant, is_streaming=body.stream)
+    return Job(
+        [prompt], config, do_preprocess=False, tenant=tenant, is_streaming=body.stream, session_id=body.session_id
+    )
 
 
 def _first_form_job(body: GenerateRequest, tenant: str) -> Job:
@@ -69,7 +71,7 @@ def _first_form_job(body: GenerateRequest, tenant: str) -> Job:
     defaults = {name: value for name, value in _FIRST_FORM.items() if name not in body.model_fields_set}
     config = generation_config(plain, body.request_output_len, **defaults)
     prompt: Prompt = body.prompt if isinstance(body.prompt, str) else message_dicts(body.prompt)
-    return Job([prompt], config, tenant=tenant, is_streaming=body.stream)
+    return Job([prompt], config, tenant=tenant, is_streaming=body.stream, session_id=body.session_id)
 
 
 async def _parts(service: Service, job: Job, is_first_form: bool) -> AsyncGenerator[dict[str, Any], None]:
@@ -140,6 +142,27 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> HttpResponse:
     service.check_model(body.model)
     text = await asyncio.to_thread(service.engine.tokenizer.decode, body.tokens, body.skip_special_tokens)
     return json_response({"prompt": text})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> HttpResponse:
+    """What a client needs to render and cut prompts itself."""
+    service = service_of(request)
+    tokenizer, template = service.engine.tokenizer, service.engine.chat_template
+    return json_response(
+        {
+            "model": service.settings.model_name,
+            "max_model_len": service.engine.client.info.session_len,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_ids": service.engine.end_token_ids,
+            "special_tokens": tokenizer.special_tokens,
+            "chat_template": tokenizer.chat_template,
+            "chat_template_name": template.name,
+            "stop_words": template.stop_words,
+        }
+    )
 
 
 @router.post("/get_ppl")

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
+from lmdeploy.serve.openai.tool_protocol import FunctionCall, Functions, ResponseFormat, ToolChoice, Tools
+
 MAX_PROMPTS = 1024
 MAX_IDS = 1 << 21
 MAX_TEXT = 8 << 20
@@ -99,10 +101,12 @@ class ChatRequest(Streamed):
     enable_thinking: StrictBool | None = None
     reasoning_effort: Annotated[StrictStr, Field(max_length=16)] | None = None
     return_token_ids: StrictBool = False
-    tools: list[Any] | None = Field(None, max_length=256)
-    tool_choice: str | dict[str, Any] | None = None
-    functions: list[Any] | None = Field(None, max_length=256)
-    response_format: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+    functions: Functions | None = None
+    function_call: FunctionCall | None = None
+    response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(Streamed):
@@ -112,7 +116,7 @@ class CompletionRequest(Streamed):
     echo: StrictBool = False
     suffix: Text | None = None
     best_of: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
 
 class GenerateRequest(Sampling):

@@ -34,7 +34,5 @@ def check_stream_options(request: Streamed) -> None:
 def refuse_unsupported(request: BaseModel, *names: str) -> None:
     """Raise InvalidParameter naming the first of these fields that asks for something."""
     for name in names:
-        value = getattr(request, name)
-        is_plain = value == {"type": "text"} or (name == "tool_choice" and value in ("none", "auto"))
-        if value and not is_plain:
+        if getattr(request, name):
             raise InvalidParameter(f"{name} is not supported yet: leave it out")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response as HttpResponse
 
@@ -12,6 +12,7 @@ from lmdeploy.serve.errors import json_response
 from lmdeploy.serve.openai.scope import service_of
 from lmdeploy.serve.service import Service
 
+ModelName = Annotated[str, Path(max_length=4096)]
 router = APIRouter(tags=["Status"])
 metrics_router = APIRouter(tags=["Status"])
 
@@ -22,7 +23,7 @@ async def models(request: Request) -> HttpResponse:
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, request: Request) -> HttpResponse:
+async def model(name: ModelName, request: Request) -> HttpResponse:
     service = service_of(request)
     service.check_model(name)
     return json_response(_card(service))
@@ -30,8 +31,12 @@ async def model(name: str, request: Request) -> HttpResponse:
 
 @router.get("/health")
 async def health(request: Request) -> HttpResponse:
-    """200 while the step loop beats, 503 once it does not."""
-    return _report(service_of(request).problem())
+    """200 while the step loop beats or the engine sleeps, 503 once it does neither."""
+    service = service_of(request)
+    problem = service.problem()
+    if problem is None and service.asleep:
+        return json_response({"status": "sleeping", "message": "the engine sleeps: POST /wakeup"})
+    return _report(problem)
 
 
 @router.get("/health/live")
@@ -44,7 +49,14 @@ async def live() -> HttpResponse:
 async def ready(request: Request) -> HttpResponse:
     """200 while new requests are taken."""
     service = service_of(request)
-    return _report("shutting down" if service.is_draining else service.problem())
+    if service.is_draining or service.asleep:
+        return _report("shutting down" if service.is_draining else "the engine sleeps")
+    return _report(service.problem())
+
+
+@router.get("/is_sleeping")
+async def is_sleeping(request: Request) -> HttpResponse:
+    return json_response({"is_sleeping": bool(service_of(request).asleep)})
 
 
 @metrics_router.get("/metrics")

@@ -15,12 +15,17 @@ class Usage:
         self._prompt: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._completion: dict[int, int] = {}
+        self._num_reasoning_tokens = 0
 
     def add(self, response: Response) -> None:
         number = response.index // self._n
         self._prompt[number] = response.input_token_len
         self._cached[number] = max(self._cached.get(number, 0), response.cached_tokens)
         self._completion[response.index] = response.generate_token_len
+
+    def add_reasoning(self, num_tokens: int) -> None:
+        """Tokens of thoughts in one of the answers."""
+        self._num_reasoning_tokens += num_tokens
 
     def body(self) -> dict[str, Any]:
         prompt, completion = sum(self._prompt.values()), sum(self._completion.values())
@@ -29,5 +34,5 @@ class Usage:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
         }

@@ -1,0 +1,84 @@
+"""Attention of a whole step: its queries rotated and its keys stored, then requests of one token and of many, each its way.
+
+It owns the buffers that decode steps share. It knows no module and no model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kernels.cuda import decode_attention as cuda
+from lmdeploy.kernels.spec import AttentionSpec
+from lmdeploy.kernels.triton import decode_attention as decode
+from lmdeploy.kernels.triton.prefill_attention import prefill_attention, running_sum
+from lmdeploy.kernels.triton.rope_store import rope_store
+
+if TYPE_CHECKING:
+    from lmdeploy.kernels.reference.attention import Blocks
+    from lmdeploy.layers.context import ForwardContext
+
+
+class DecodeBuffers:
+    """Scratch of decode attention for steps of up to max_batch requests, one set for each form of attention."""
+
+    def __init__(self, max_batch: int, max_context_len: int, device: torch.device) -> None:
+        self._sizes = (max_batch, max_context_len)
+        self._device = device
+        self._scratch: dict[tuple[int, int, int], decode.Scratch] = {}
+
+    def scratch(self, num_heads: int, value_dim: int, min_split: int, whole: int) -> decode.Scratch:
+        key = (num_heads, value_dim, min_split)
+        if key not in self._scratch:
+            self._scratch[key] = decode.make_scratch(
+                *self._sizes, num_heads, value_dim, self._device, min_split=min_split, whole=whole
+            )
+        return self._scratch[key]
+
+
+def rope_store_attend(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Blocks,
+    values: Blocks,
+    ctx: ForwardContext,
+    spec: AttentionSpec,
+) -> Tensor:
+    """As the reference: [T, (H + 2 Hkv) * D] -> [T, H * D]."""
+    q = rope_store(qkv, cos, sin, ctx.positions, ctx.slot_mapping, keys, values, spec, table_by_token=True)
+    num_decodes = ctx.num_decodes
+    if num_decodes == len(ctx.query_lens):
+        return decode_rows(q, keys, values, ctx, spec, qkv.dtype).flatten(1)
+    out = qkv.new_empty(len(q), spec.num_heads, spec.value_dim)
+    if num_decodes:
+        out[:num_decodes] = decode_rows(q[:num_decodes], keys, values, ctx, spec, qkv.dtype)
+    out[num_decodes:] = prefill_attention(
+        q[num_decodes:],
+        keys,
+        values,
+        ctx.once("prefill starts", lambda: ctx.cu_seqlens_q[num_decodes:] - num_decodes),
+        ctx.block_tables[num_decodes:],
+        ctx.context_lens[num_decodes:],
+        max(ctx.query_lens),
+        max(ctx.context_lens_host[num_decodes:]),
+        sum(ctx.context_lens_host[num_decodes:]),
+        spec,
+        cu_seqlens_k=ctx.once("prefill ends", lambda: running_sum(ctx.context_lens[num_decodes:])),
+        dtype=qkv.dtype,
+    )
+    return out.flatten(1)
+
+
+def decode_rows(
+    q: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext, spec: AttentionSpec, dtype: torch.dtype
+) -> Tensor:
+    """The first len(q) requests of the step, one token each: q [B, H, D] -> [B, H, Dv]."""
+    buffers = ctx.decode_buffers
+    assert isinstance(buffers, DecodeBuffers)
+    kernels = cuda if cuda.supports(spec, keys, values) else decode
+    scratch = buffers.scratch(spec.num_heads, spec.value_dim, kernels.MIN_SPLIT, kernels.WHOLE)
+    work = ctx.once(("decode work", id(scratch)), lambda: decode.plan(ctx.context_lens[: len(q)], scratch))
+    return kernels.decode_attention(q, keys, values, ctx.block_tables[: len(q)], work, spec, dtype=dtype)
