@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--checks", type=int, default=150)
     parser.add_argument("--bits", type=int, nargs="*", default=(4, 16))
+    parser.add_argument("--tokens", type=int, nargs="*", help="only these M")
     args = parser.parse_args()
     bandwidth = measure_read_bandwidth(DEVICE)
     started, errors, failures = time.monotonic(), [], []
@@ -206,7 +207,7 @@ def main() -> None:
     if failures and args.tune == 0:
         raise SystemExit(1)
     rows, tilings = [], {}
-    jobs = [(b, s, m) for b in args.bits for s in (SHAPES + HEADS if b == 16 else SHAPES) for m in TOKENS[b]]
+    jobs = [(b, s, m) for b in args.bits for s in (SHAPES + HEADS if b == 16 else SHAPES) for m in TOKENS[b] if not args.tokens or m in args.tokens]
     deadline = time.monotonic() + args.tune
     for index, (bits, (n, k, gated), m) in enumerate(jobs):
         norm, residual = n in (6144, 2048, 28672, 17920), n in (4096, 1536)

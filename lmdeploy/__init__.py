@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from lmdeploy.api import Pipeline, pipeline
+    from lmdeploy.chat_template.config import ChatTemplateConfig
     from lmdeploy.messages import (
-        ChatTemplateConfig,
         GenerationConfig,
         PytorchEngineConfig,
         Response,
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ChatTemplateConfig": "lmdeploy.chat_template.config",
     "Pipeline": "lmdeploy.api",
     "pipeline": "lmdeploy.api",
     "Tokenizer": "lmdeploy.tokenizer",

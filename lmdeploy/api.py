@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy import env
 from lmdeploy.async_engine import AsyncEngine, Prompt, check_prompt, open_engine
-from lmdeploy.engine.config import EngineConfig, PublicConfig
+from lmdeploy.engine.config import EngineConfig
 from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter
 from lmdeploy.logging import get_logger
 from lmdeploy.messages import (
-    ChatTemplateConfig,
     GenerationConfig,
-    PytorchEngineConfig,
+    PublicConfig,
     Response,
     SpeculativeConfig,
     TurbomindEngineConfig,
@@ -28,6 +27,7 @@ from lmdeploy.messages import (
 from lmdeploy.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from lmdeploy.chat_template.config import ChatTemplateConfig
     from lmdeploy.session import Session
 
 GenConfigs = GenerationConfig | Sequence[GenerationConfig | None] | None
@@ -55,7 +55,7 @@ def pipeline(
     _set_log_level(log_level)
     if speculative_config is not None:
         raise ConfigError("speculative_config is not supported yet: leave it out")
-    if not isinstance(backend_config, (TurbomindEngineConfig, PytorchEngineConfig, type(None))):
+    if not isinstance(backend_config, PublicConfig | None):
         kind = type(backend_config).__name__
         raise ConfigError(f"backend_config is a {kind}: give a TurbomindEngineConfig or PytorchEngineConfig")
     # Nothing was said about prefix caching then, and sessions gain by it.

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy import hub
 from lmdeploy.answer import AnswerStream, error_response
@@ -29,8 +29,11 @@ from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter, RequestError
 from lmdeploy.generation import PIPELINE_DEFAULTS, effective_config, read_defaults, sampling_params, single_token
 from lmdeploy.logging import get_logger
-from lmdeploy.messages import ChatTemplateConfig, GenerationConfig, Response
+from lmdeploy.messages import GenerationConfig, Response
 from lmdeploy.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lmdeploy.chat_template.config import ChatTemplateConfig
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -325,7 +328,7 @@ def open_engine(
     path = hub.resolve(model_path, revision=revision, download_dir=download_dir)
     tokenizer = Tokenizer.from_path(path)
     if chat_template_config is None and hub.is_builtin(model_path):
-        chat_template_config = ChatTemplateConfig(model_name=_BUILTIN_CHAT_TEMPLATE)
+        chat_template_config = _BUILTIN_CHAT_TEMPLATE
     if (path / "config.ini").exists():
         from lmdeploy.workspace_settings import with_workspace
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmdeploy.errors import ConfigError, InvalidParameter
+from lmdeploy.errors import InvalidParameter
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +105,8 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
 
 
 @dataclass
-class TurbomindEngineConfig:
-    """Engine settings under TurboMind's names. One engine serves both backends; see `engine/config.py` for what applies.
+class PublicConfig:
+    """The settings that LMDeploy's two engines name alike. One engine serves both; `engine/config.py` says what applies.
 
     cache_max_entry_count: a float in (0, 1) is the share of memory, free after weights and the largest activation, that
     the KV blocks may take; an int is a number of blocks. quant_policy: the KV cache in 16 bits (0 or "none"),
@@ -119,39 +117,17 @@ class TurbomindEngineConfig:
     model_format: str | None = None
     tp: int = 1
     dp: int = 1
-    cp: int = 1
     ep: int = 1
-    device_num: int | None = None
     attn_tp_size: int | None = None
-    attn_cp_size: int | None = None
-    attn_dp_size: int | None = None
     mlp_tp_size: int | None = None
-    mlp_dp_size: int | None = None
-    outer_dp_size: int | None = None
-    nnodes: int = 1
-    node_rank: int = 0
-    dist_init_addr: str | None = None
-    devices: list[int] | None = None
     session_len: int | None = None
     max_batch_size: int | None = None
     cache_max_entry_count: float = 0.8
-    cache_chunk_size: int = -1
-    cache_block_seq_len: int = 64
     enable_prefix_caching: bool = False
-    cache_checkpoint_interval: int = 4096
-    cache_prompt: str = "auto"
-    cache_prompt_boundary_skip: int = 1
-    cache_generation: str = "auto"
     quant_policy: int | str = 0
-    rope_scaling_factor: float = 0.0
-    use_logn_attn: bool = False
     download_dir: str | None = None
     revision: str | None = None
     max_prefill_token_num: int = 8192
-    num_tokens_per_iter: int = 0
-    max_prefill_iters: int = 1
-    async_: int = 1
-    communicator: str = "nccl"
     empty_init: bool = False
     language_model_only: bool = False
     hf_overrides: dict[str, Any] | None = None
@@ -160,46 +136,55 @@ class TurbomindEngineConfig:
 
 
 @dataclass
-class PytorchEngineConfig:
-    """Engine settings under the PyTorch engine's names; the same engine runs them."""
+class TurbomindEngineConfig(PublicConfig):
+    """Engine settings under TurboMind's names."""
 
-    dtype: str = "auto"
-    model_format: str | None = None
-    tp: int = 1
-    dp: int = 1
+    cp: int = 1
+    device_num: int | None = None
+    attn_cp_size: int | None = None
+    attn_dp_size: int | None = None
+    mlp_dp_size: int | None = None
+    outer_dp_size: int | None = None
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    devices: list[int] | None = None
+    cache_chunk_size: int = -1
+    cache_block_seq_len: int = 64
+    cache_checkpoint_interval: int = 4096
+    cache_prompt: str = "auto"
+    cache_prompt_boundary_skip: int = 1
+    cache_generation: str = "auto"
+    rope_scaling_factor: float = 0.0
+    use_logn_attn: bool = False
+    num_tokens_per_iter: int = 0
+    max_prefill_iters: int = 1
+    async_: int = 1
+    communicator: str = "nccl"
+
+
+@dataclass
+class PytorchEngineConfig(PublicConfig):
+    """Engine settings under the PyTorch engine's names."""
+
     dp_rank: int = 0
-    ep: int = 1
-    attn_tp_size: int | None = None
-    mlp_tp_size: int | None = None
     moe_tp_size: int | None = None
     distributed_executor_backend: str | None = None
-    session_len: int | None = None
-    max_batch_size: int | None = None
-    cache_max_entry_count: float = 0.8
     num_cpu_blocks: int = 0
     num_gpu_blocks: int = 0
     block_size: int = 64
     kernel_block_size: int = -1
-    enable_prefix_caching: bool = False
     prefix_cache_state_budget: int = 0
     prefix_cache_decode_state_interval: int = 0
     prefill_interval: int = 16
-    quant_policy: int | str = 0
     adapters: dict[str, str] | None = None
     thread_safe: bool = False
     device_type: str = "cuda"
     eager_mode: bool = False
-    max_prefill_token_num: int = 8192
     cudagraph_capture_batch_sizes: list[int] | None = None
     enable_microbatch: bool = False
     enable_eplb: bool = False
-    download_dir: str | None = None
-    revision: str | None = None
     custom_module_map: dict[str, Any] | None = None
-    empty_init: bool = False
-    language_model_only: bool = False
-    hf_overrides: dict[str, Any] | None = None
-    enable_metrics: bool = True
     logprobs_mode: str | None = None
     enable_mp_engine: bool = False
     mp_engine_backend: str = "mp"
@@ -211,57 +196,6 @@ class PytorchEngineConfig:
     migration_backend: str = "DLSlime"
     enable_return_routed_experts: bool = False
     enable_transfer_obj_ref: bool = False
-    model_name: str | None = None
-
-
-@dataclass
-class ChatTemplateConfig:
-    """A chat template by name or by its parts; parts that are None keep the named template's text.
-
-    A rendered conversation is
-    `{system}{meta_instruction}{eosys}` `{user}{u1}{eoh}{assistant}{a1}{eoa}{separator}` `{user}{u2}{eoh}{assistant}`.
-    """
-
-    model_name: str | None = None
-    model_path: str | None = None
-    system: str | None = None
-    meta_instruction: str | None = None
-    eosys: str | None = None
-    user: str | None = None
-    eoh: str | None = None
-    assistant: str | None = None
-    eoa: str | None = None
-    tool: str | None = None
-    eotool: str | None = None
-    separator: str | None = None
-    capability: Literal["completion", "infilling", "chat", "python"] | None = None
-    stop_words: list[str] | None = None
-
-    def to_json(self, file_path: str | None = None) -> str:
-        """Return the set fields as JSON, and write them to `file_path` if one is given."""
-        text = json.dumps({k: v for k, v in asdict(self).items() if v is not None}, indent=2, ensure_ascii=False)
-        if file_path is not None:
-            Path(file_path).write_text(text + "\n", encoding="utf-8")
-        return text
-
-    @classmethod
-    def from_json(cls, file_or_string: str) -> ChatTemplateConfig:
-        """Read the fields from a JSON file, or from JSON text; raises ConfigError naming an unknown field."""
-        text = file_or_string
-        if not text.lstrip().startswith("{"):
-            try:
-                text = Path(file_or_string).read_text(encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(f"chat template file {file_or_string!r} cannot be read: {error}") from error
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"chat template {file_or_string[:80]!r} is not JSON: {error}") from error
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known) if isinstance(values, dict) else [type(values).__name__]
-        if unknown:
-            raise ConfigError(f"chat template JSON has unknown fields {unknown}; known are {sorted(known)}")
-        return cls(**values)
 
 
 @dataclass

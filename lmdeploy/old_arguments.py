@@ -6,11 +6,11 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.chat_template.named import find_template
-from lmdeploy.engine.config import PublicConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.logging import get_logger
-from lmdeploy.messages import ChatTemplateConfig, TurbomindEngineConfig
+from lmdeploy.messages import PublicConfig, TurbomindEngineConfig
 
 # They say what the model's files say themselves, or set up what there is no more.
 _WITHOUT_EFFECT = ("group_size", "instance_num", "vision_config")

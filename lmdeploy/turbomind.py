@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy.async_engine import AsyncEngine, open_engine
 from lmdeploy.chat_template import ChatTemplate
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.engine.config import TRANSLATED, EngineConfig
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 from lmdeploy.errors import InvalidParameter
-from lmdeploy.messages import ChatTemplateConfig
 from lmdeploy.old_arguments import merge_old_kwargs
 from lmdeploy.tokenizer import Tokenizer
 

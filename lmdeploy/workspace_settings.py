@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.chat_template.named import TEMPLATE_ALIASES, find_template
 from lmdeploy.engine.config import EngineConfig, read_quant_policy
 from lmdeploy.errors import ConfigError
 from lmdeploy.logging import get_logger
-from lmdeploy.messages import ChatTemplateConfig, QuantPolicy
+from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.config import ModelConfig, load_config, read_hf_config
 from lmdeploy.models.workspace_config import model_keys
 from lmdeploy.workspace import ConfigIni, Value, has_kv_scales

@@ -33,6 +33,7 @@ from lmdeploy.models.config import load_config
 from tests.goldens.materialize import materialize
 
 MAX_RELATIVE_DIFFERENCE = 1e-3
+MAX_RELATIVE_DIFFERENCE_16_BIT = 3e-2
 MAX_FAILURE_CHARS = 160
 GOLDEN_FILE = "golden.safetensors"
 
@@ -122,6 +123,9 @@ def compare_prompt(
     expected = golden[f"{prompt}.logits"].float()
     positions = golden.get(f"{prompt}.positions", torch.arange(len(prompt_ids)))
     ids, logits = answer(client, prompt_ids, len(expected_ids))
+    is_exact = client.info.dtype == "float32"
+    if not is_exact:  # decode steps that report nothing are those that run in graphs
+        ids = answer(client, prompt_ids, len(expected_ids), has_logits=False)[0]
     if is_dynamic and f"{prompt}.greedy_cached" not in golden:
         ids = recompute(client, prompt_ids, len(expected_ids))
     num_equal = sum(a == b for a, b in zip(ids, expected_ids, strict=False))
@@ -132,11 +136,21 @@ def compare_prompt(
     relative = difference / expected.abs().max().item()
     comparison.absolute = largest(comparison.absolute, difference)
     comparison.relative = largest(comparison.relative, relative)
-    if not relative <= MAX_RELATIVE_DIFFERENCE:  # so that NaN fails
-        return f"{prompt}: rel above {MAX_RELATIVE_DIFFERENCE:g}"
-    if ids != expected_ids:
+    limit = MAX_RELATIVE_DIFFERENCE if is_exact else MAX_RELATIVE_DIFFERENCE_16_BIT
+    if not relative <= limit:  # so that NaN fails
+        return f"{prompt}: rel above {limit:g}"
+    if ids != expected_ids and (is_exact or not is_tie(client, prompt_ids, expected_ids, ids, difference)):
         return f"{prompt}: {len(expected_ids) - num_equal} of {len(expected_ids)} tokens differ"
     return ""
+
+
+def is_tie(
+    client: EngineClient, prompt_ids: list[int], expected_ids: list[int], ids: list[int], difference: float
+) -> bool:
+    """Whether at the first different token the engine's own logits prefer it by less than twice their known error."""
+    first = next(i for i, (a, b) in enumerate(zip(expected_ids, ids, strict=True)) if a != b)
+    _, logits = answer(client, [*prompt_ids, *expected_ids[:first]], 1)
+    return bool(logits[-1].max() - logits[-1, expected_ids[first]] <= 2 * difference)
 
 
 def largest(*values: float) -> float:
@@ -152,10 +166,12 @@ def recompute(client: EngineClient, prompt_ids: list[int], count: int) -> list[i
     return ids
 
 
-def answer(client: EngineClient, prompt_ids: list[int], count: int) -> tuple[list[int], Tensor]:
+def answer(
+    client: EngineClient, prompt_ids: list[int], count: int, has_logits: bool = True
+) -> tuple[list[int], Tensor]:
     """`count` greedy tokens that follow the prompt, end tokens taken as any other, and all positions' logits [n, V]."""
     outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-    sampling = SamplingParams(max_new_tokens=count, return_logits="all")
+    sampling = SamplingParams(max_new_tokens=count, return_logits="all" if has_logits else None)
     client.submit(Request("golden", prompt_ids, sampling), outputs.put)
     ids: list[int] = []
     pieces: list[Tensor] = []
@@ -164,7 +180,7 @@ def answer(client: EngineClient, prompt_ids: list[int], count: int) -> tuple[lis
             raise output.error
         ids += output.token_ids
         pieces += [] if output.logits is None else [output.logits]
-    return ids, torch.cat(pieces)
+    return ids, torch.cat(pieces) if pieces else torch.empty(0)
 
 
 def until_finished(outputs: queue.SimpleQueue[RequestOutput]) -> Iterator[RequestOutput]:

@@ -45,8 +45,10 @@ class Setting:
         return ("AWQ" if self.quant else "bf16") + kv
 
 
+Peers = dict[str, tuple[float, float | None, float]]
+
 # Tokens per second of (LMDeploy 0.18.0 TurboMind, vLLM 0.26.0, this project's target) on one H100 80GB.
-_INTERNLM2_7B = {
+_INTERNLM2_7B: Peers = {
     "bf16 B=1 steady": (151.1, 157.8, 185),
     "bf16 B=64 steady": (7634, 7477, 8700),
     "bf16 B=256 steady": (16528, 16089, 17300),
@@ -59,7 +61,7 @@ _INTERNLM2_7B = {
     "AWQ + KV int8 B=256 steady": (17974, None, 24500),
     "AWQ + KV int4 B=256 steady": (20186, None, 28000),
 }
-_QWEN_1_5B = {
+_QWEN_1_5B: Peers = {
     "bf16 B=1 steady": (418.9, 439.0, 780),
     "bf16 B=64 steady": (20808, 23029, 36000),
     "bf16 B=256 steady": (53394, 55097, 78000),
@@ -68,7 +70,7 @@ _QWEN_1_5B = {
     "AWQ B=1 steady": (256.7, 403.0, 1400),
     "AWQ B=64 steady": (12094, 18799, 30000),
 }
-PEERS: dict[str, dict[str, tuple[float, float | None, float]]] = {
+PEERS: dict[str, Peers] = {
     "internlm2-7b": _INTERNLM2_7B,
     "qwen2.5-1.5b": _QWEN_1_5B,
 }

@@ -14,7 +14,7 @@ from lmdeploy.chat_template.base import ChatTemplate, Message, RenderOptions
 from lmdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmdeploy.messages import ChatTemplateConfig
+    from lmdeploy.chat_template.config import ChatTemplateConfig
     from lmdeploy.tokenizer import Tokenizer
 
 

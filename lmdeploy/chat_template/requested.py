@@ -9,10 +9,10 @@ from typing import Any
 
 from lmdeploy.chat_template.base import ChatTemplate
 from lmdeploy.chat_template.choose import choose_for_model
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.chat_template.guess import guess_template_name
 from lmdeploy.chat_template.named import make_for_model
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import ChatTemplateConfig
 from lmdeploy.tokenizer import Tokenizer
 
 # What can be changed about a model's own Jinja; any other part asks for a template made of parts.

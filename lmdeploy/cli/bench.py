@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lmdeploy.cli import bench_serve
 from lmdeploy.cli.flags import add_engine_flags, add_model_argument, engine_settings, warn_remote_code
 from lmdeploy.cli.parser import Parser
 from lmdeploy.messages import TurbomindEngineConfig
@@ -37,6 +38,7 @@ def add_arguments(parser: Parser) -> None:
     modes = parser.add_subparsers(dest="mode", metavar="MODE", required=True)
     for mode, help_text in MODES.items():
         _add_mode(modes.add_parser(mode, help=help_text, description=DESCRIPTION))
+    bench_serve.add_arguments(modes.add_parser("serve", help=bench_serve.HELP))
 
 
 def _add_mode(parser: Parser) -> None:
@@ -70,6 +72,8 @@ def _add_mode(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.mode == "serve":
+        return bench_serve.run(args)
     warn_remote_code(args, tell)
     if args.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported: its pools are made then

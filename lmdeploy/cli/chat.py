@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy import env
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.cli.flags import add_engine_flags, add_model_argument, engine_settings, warn_remote_code
 from lmdeploy.cli.parser import Parser
 from lmdeploy.errors import ConfigError, LMDeployError
-from lmdeploy.messages import ChatTemplateConfig, GenerationConfig
+from lmdeploy.messages import GenerationConfig
 
 if TYPE_CHECKING:
     from lmdeploy.async_engine import AsyncEngine
-    from lmdeploy.cli.flags import PublicConfig
+    from lmdeploy.messages import PublicConfig
 
 HELP = "chat with a model"
 DESCRIPTION = """Chat with a model.

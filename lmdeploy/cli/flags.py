@@ -10,9 +10,7 @@ from typing import Any, get_type_hints
 
 from lmdeploy.cli.parser import Parser
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
-
-PublicConfig = TurbomindEngineConfig | PytorchEngineConfig
+from lmdeploy.messages import PublicConfig, PytorchEngineConfig, TurbomindEngineConfig
 
 BACKENDS: dict[str, type[PublicConfig]] = {"turbomind": TurbomindEngineConfig, "pytorch": PytorchEngineConfig}
 # What the two classes name differently: TurboMind's name -> PyTorch's.

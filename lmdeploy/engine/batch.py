@@ -45,7 +45,9 @@ def build_batch(plan: StepPlan, kv_cache: KVCache, slots: Slots, decode_buffers:
     slot_mapping = block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
     def to_device(values: object, dtype: type) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype)).to(device, non_blocking=True)
+        host = torch.from_numpy(np.asarray(values, dtype))
+        # From memory that is not pinned the copy would wait for the steps in flight.
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     input_ids = to_device(ids, np.int64)
     unknown = np.flatnonzero(ids == UNKNOWN_TOKEN)

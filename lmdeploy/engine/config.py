@@ -7,9 +7,7 @@ from typing import Any
 
 from lmdeploy.errors import ConfigError
 from lmdeploy.logging import get_logger
-from lmdeploy.messages import PytorchEngineConfig, QuantPolicy, TurbomindEngineConfig, non_default_fields
-
-PublicConfig = TurbomindEngineConfig | PytorchEngineConfig
+from lmdeploy.messages import PublicConfig, QuantPolicy, TurbomindEngineConfig, non_default_fields
 
 # Public fields whose meaning the engine takes over, under its own name.
 TRANSLATED = {

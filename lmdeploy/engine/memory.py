@@ -72,7 +72,8 @@ def plan_memory(
     """Size the block pool after the weights have been loaded.
 
     copy_bytes: what 16-bit copies of all quantized weights would take, and of the largest. They are kept if they take at
-    most a quarter of what the pool would have. A pool smaller than session_len cuts session_len, with a notice; under two blocks is a ConfigError with the numbers.
+    most a quarter of what the pool would have. A pool smaller than session_len cuts session_len, with a notice; under two
+    blocks is a ConfigError with the numbers.
     """
     total, free = device_memory(device)
     activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size)

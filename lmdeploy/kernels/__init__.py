@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lmdeploy.kernels import cpu
 from lmdeploy.kernels.reference import attention, basic
@@ -31,6 +32,7 @@ __all__ = [
     "activate",
     "apply_rope",
     "argmax",
+    "dense_linear",
     "gated_activation",
     "has_gpu_kernels",
     "latent_store_attend",
@@ -71,6 +73,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
         return norm.rms_norm(x, weight, eps, offset)
     return basic.rms_norm(x, weight, eps, offset)
+
+
+def dense_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """rms_norm(x) W^T + bias + residual, weight [N, K]: [T, K] -> [T, N]; the result may take the residual's place."""
+    rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype}
+    rest.update(norm_weight=norm_weight, norm_eps=norm_eps, norm_offset=norm_offset)
+    if cpu.can_run(x) and cpu.can_multiply_dense(weight, len(x)):
+        return cpu.dense_linear(x, weight, **rest)
+    if runs_on_gpu(x):
+        from lmdeploy.kernels.cuda import dense
+
+        return dense.linear(x, weight, **rest)
+    out = F.linear(x if norm_weight is None else rms_norm(x, norm_weight, norm_eps, norm_offset), weight, bias)
+    out = out if residual is None else out.add_(residual)
+    return out if out_dtype is None else out.to(out_dtype)
 
 
 def gated_activation(gate_up: Tensor, activation: str) -> Tensor:

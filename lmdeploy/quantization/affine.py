@@ -113,7 +113,8 @@ def choose_kernels(weight: AffineTensor, dtype: torch.dtype) -> ModuleType:
     if weight.q.is_cuda:
         from lmdeploy.kernels.cuda import affine as cuda_affine
 
-        if cuda_affine.supports(*weight.shape, weight.group_size, weight.bits, dtype, weight.q.device):
+        n, k = weight.shape
+        if cuda_affine.supports(n, k, weight.group_size, weight.bits, dtype, weight.q.device):
             return cuda_affine
     if weight.q.device.type == "cpu" and dtype == torch.bfloat16 and weight.group_size in _KERNEL_GROUP_SIZES:
         if cpu.is_available():

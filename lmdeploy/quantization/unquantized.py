@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmdeploy.kernels import cpu, runs_on_gpu
+from lmdeploy import kernels
 from lmdeploy.quantization.method import LinearMethod
 
 if TYPE_CHECKING:
@@ -22,10 +22,6 @@ class UnquantizedMethod(LinearMethod):
     """The weight is a parameter [N, K] of the linear; quantized parts of a checkpoint are dequantized on their way into it."""
 
     name = "unquantized"
-
-    def __init__(self) -> None:
-        self._has_cpu_kernel = False
-        self._has_gpu_kernel = False
 
     def load(
         self,
@@ -46,41 +42,23 @@ class UnquantizedMethod(LinearMethod):
         else:
             value.to(device).dequantize_into(rows)
 
-    def finish(self, linear: Linear) -> None:
-        weight = _weight(linear)
-        self._has_cpu_kernel = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu.is_available()
-        self._has_gpu_kernel = runs_on_gpu(weight)
-
     def apply(self, linear: Linear, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        weight = _weight(linear)
-        if self._has_gpu_kernel:
-            from lmdeploy.kernels.cuda import dense
-
-            x, fused = fused_norm(x, norm)
-            return dense.linear(x, weight, bias=linear.bias, residual=residual, **fused)
-        if self._has_cpu_kernel and cpu.can_multiply_dense(weight, len(x)):
-            x, fused = fused_norm(x, norm)
-            return cpu.dense_linear(x, weight, bias=linear.bias, residual=residual, **fused)
-        out = F.linear(x if norm is None else norm(x), weight, linear.bias)
-        return out if residual is None else out.add_(residual)
+        x, fused = fused_norm(x, norm)
+        return kernels.dense_linear(x, _weight(linear), bias=linear.bias, residual=residual, **fused)
 
     def logits(self, linear: Linear, x: Tensor) -> Tensor:
-        if not self._has_gpu_kernel:
-            return super().logits(linear, x)
-        from lmdeploy.kernels.cuda import dense
-
-        return dense.linear(x, _weight(linear), bias=linear.bias, out_dtype=torch.float32)
+        return kernels.dense_linear(x, _weight(linear), bias=linear.bias, out_dtype=torch.float32)
 
     def gated_mlp(
         self, x: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
     ) -> Tensor:
-        if not (self._has_gpu_kernel and isinstance(down.method, UnquantizedMethod)):
+        if not (kernels.runs_on_gpu(x) and isinstance(down.method, UnquantizedMethod)):
             return super().gated_mlp(x, norm, gate_up, down, activation, residual)
         from lmdeploy.kernels.cuda import dense
 
         x, fused = fused_norm(x, norm)
-        biases = {"gate_up_bias": gate_up.bias, "down_bias": down.bias}
-        return dense.gated_mlp(x, _weight(gate_up), _weight(down), activation, residual=residual, **biases, **fused)
+        fused.update(gate_up_bias=gate_up.bias, down_bias=down.bias)
+        return dense.gated_mlp(x, _weight(gate_up), _weight(down), activation, residual=residual, **fused)
 
     def embed(self, linear: Linear, ids: Tensor) -> Tensor:
         return F.embedding(ids, _weight(linear))

@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from lmdeploy.engine.config import PublicConfig
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import ChatTemplateConfig, PytorchEngineConfig, TurbomindEngineConfig, non_default_fields
+from lmdeploy.messages import PublicConfig, PytorchEngineConfig, TurbomindEngineConfig, non_default_fields
 from lmdeploy.serve.openai.api_client import APIClient
 
 _READY = re.compile(r"^serving .* at (https?://\S+); Ctrl-C ends it$")

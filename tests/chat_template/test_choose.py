@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from lmdeploy.chat_template import CHAT_TEMPLATES, choose_chat_template
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.chat_template.guess import _INTERNVL, _MODELS
 from lmdeploy.chat_template.jinja import JinjaTemplate
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import ChatTemplateConfig
 from lmdeploy.tokenizer import Tokenizer
 from tests.tokenizer.tiny_vocabularies import train_byte_level, write_json
 

@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.cli import chat
 from lmdeploy.cli.flags import engine_settings
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import ChatTemplateConfig, PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
 from tests.cli.command_line import parse, parse_with_notices
 from tests.cli.fake_engine import FakeEngine
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lmdeploy.engine.block_manager import root_hash
+from lmdeploy.engine.drawing import _keep_top_p, uniform
 from lmdeploy.engine.reports import top_logprobs
 from lmdeploy.engine.request import Request, SamplingParams
-from lmdeploy.engine.sampler import INVALID_TOKEN, Sampler, _keep_top_p, uniform
+from lmdeploy.engine.sampler import INVALID_TOKEN, Sampler
 from lmdeploy.engine.state import RequestState
 
 VOCAB = 12

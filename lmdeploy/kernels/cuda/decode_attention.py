@@ -127,5 +127,5 @@ def _kernel(
         "decode_attention",
         threads=shape.warps * 32,
         shared_bytes=max(shape.warps * shape.stages * stage, merge),
-        overlaps=arch() >= "sm_90",
+        overlaps=torch.cuda.get_device_capability() >= (9, 0),
     )

@@ -262,10 +262,9 @@ def _kernel(variant: Variant, unit: int) -> Kernel:
     ring = warps * t.stages * t.row_tiles * unit
     x_ring = t.x_stages * t.warps_k * variant.token_tiles * 8 * _ROW_BYTES
     sums = warps * t.row_tiles * variant.token_tiles * 512
-    arch = arch()
-    is_bulk = arch.startswith("sm_9") or arch.startswith("sm_1")
+    is_bulk = torch.cuda.get_device_capability() >= (9, 0)
     return Kernel(
-        nvrtc.cubin("skinny_gemm.cu", variant.macros(is_bulk), arch),
+        nvrtc.cubin("skinny_gemm.cu", variant.macros(is_bulk), arch()),
         "skinny_gemm",
         threads=warps * 32,
         shared_bytes=max(ring + x_ring, sums),

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 """The inputs of a decode step in one launch; see kernels/reference/decode_inputs.py."""
 
 from __future__ import annotations

@@ -52,10 +52,7 @@ def rope_store_attend(
     num_decodes = ctx.num_decodes
     if num_decodes == len(ctx.query_lens):
         return decode_rows(q, keys, values, ctx, spec, qkv.dtype).flatten(1)
-    out = qkv.new_empty(len(q), spec.num_heads, spec.value_dim)
-    if num_decodes:
-        out[:num_decodes] = decode_rows(q[:num_decodes], keys, values, ctx, spec, qkv.dtype)
-    out[num_decodes:] = prefill_attention(
+    prefilled = prefill_attention(
         q[num_decodes:],
         keys,
         values,
@@ -69,7 +66,10 @@ def rope_store_attend(
         cu_seqlens_k=ctx.once("prefill ends", lambda: running_sum(ctx.context_lens[num_decodes:])),
         dtype=qkv.dtype,
     )
-    return out.flatten(1)
+    if num_decodes:
+        decoded = decode_rows(q[:num_decodes], keys, values, ctx, spec, qkv.dtype)
+        prefilled = torch.cat((decoded, prefilled))
+    return prefilled.flatten(1)
 
 
 def decode_rows(

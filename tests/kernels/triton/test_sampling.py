@@ -169,7 +169,7 @@ def test_tokens_come_as_often_as_they_are_probable(device: torch.device) -> None
 
 
 def test_uniforms_are_the_engine_s(device: torch.device) -> None:
-    from lmdeploy.engine.sampler import uniform
+    from lmdeploy.engine.drawing import uniform
 
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randint(-(2**63), 2**63 - 1, (200,), generator=generator)
