@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from lmdeploy.chat_template.config import ChatTemplateConfig
     from lmdeploy.messages import (
         GenerationConfig,
-        PytorchEngineConfig,
         Response,
         TurbomindEngineConfig,
         VisionConfig,
     )
+    from lmdeploy.pytorch_config import PytorchEngineConfig
     from lmdeploy.serve.launch import client, serve
     from lmdeploy.tokenizer import Tokenizer
 
@@ -44,6 +44,7 @@ _HOMES = {
     "ChatTemplateConfig": "lmdeploy.chat_template.config",
     "Pipeline": "lmdeploy.api",
     "pipeline": "lmdeploy.api",
+    "PytorchEngineConfig": "lmdeploy.pytorch_config",
     "Tokenizer": "lmdeploy.tokenizer",
     "client": "lmdeploy.serve.launch",
 }

@@ -7,7 +7,6 @@ Two faces share the same per-request code: `stream` blocks and works in any thre
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import queue
 import threading
@@ -28,6 +27,7 @@ from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter, RequestError
 from lmdeploy.generation import PIPELINE_DEFAULTS, effective_config, read_defaults, sampling_params, single_token
+from lmdeploy.local_file import read_json
 from lmdeploy.logging import get_logger
 from lmdeploy.messages import GenerationConfig, Response
 from lmdeploy.tokenizer import Tokenizer
@@ -41,7 +41,6 @@ Prompt = str | Sequence[Message] | Sequence[int]
 # Requests handed to the engine at once, as a multiple of its batch: enough never to starve it, and a list of 100,000
 # prompts is not tokenized into memory.
 _SUBMITTED_BATCHES = 4
-_NO_VISION = "{}: vision models are not supported yet, give text only"
 
 
 class AsyncEngine:
@@ -158,18 +157,10 @@ class AsyncEngine:
             except RuntimeError:  # the loop was closed with the request still running
                 self.client.abort(output.request_id)
 
-        prepare = partial(
-            self._prepare,
-            given,
-            gen_config,
-            do_preprocess=do_preprocess,
-            options=options,
-            request_id=request_id,
-            cache_salt=cache_salt,
-            is_streaming=is_streaming,
-        )
         try:
-            answers = await asyncio.to_thread(prepare)  # a long prompt must not hold up the event loop
+            answers = await asyncio.to_thread(  # a long prompt must not hold up the event loop
+                self._prepare, given, gen_config, 0, do_preprocess, is_streaming, options, request_id, cache_salt
+            )
             if admit is not None:
                 admit(len(answers[0].request.prompt_ids))
             for answer in answers:
@@ -196,9 +187,7 @@ class AsyncEngine:
         for prompt, gen_config in prompts:
             n = self.effective_config(gen_config).n
             try:
-                yield from self._prepare(
-                    prompt, gen_config, index=index, do_preprocess=do_preprocess, is_streaming=is_streaming
-                )
+                yield from self._prepare(prompt, gen_config, index, do_preprocess, is_streaming)
             except RequestError as error:
                 yield from (error_response(error, index + number) for number in range(n))
             index += n
@@ -207,13 +196,12 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         gen_config: GenerationConfig | None,
-        *,
-        index: int = 0,
-        do_preprocess: bool = True,
+        index: int,
+        do_preprocess: bool,
+        is_streaming: bool,
         options: RenderOptions = DEFAULT_OPTIONS,
         request_id: str | None = None,
         cache_salt: str = "",
-        is_streaming: bool = True,
     ) -> list[AnswerStream]:
         """The n answers to one prompt, numbered from `index`; a seed is counted up, so that they differ."""
         ids = self.encode(prompt, do_preprocess=do_preprocess, options=options)
@@ -230,6 +218,7 @@ class AsyncEngine:
         )
         if sampling.grammar is not None:
             self._load_vocabulary()
+        make_answer = _with_stop_words(stop_words) if stop_words else AnswerStream
         answers = []
         for number in range(config.n):
             seed = None if sampling.seed is None else sampling.seed + number
@@ -237,28 +226,16 @@ class AsyncEngine:
             name = name if config.n == 1 else f"{name}-{number}"
             request = Request(name, ids, replace(sampling, seed=seed), cache_salt)
             _log_prompt(request, prompt, self._max_log_len)
-            answers.append(
-                AnswerStream(
-                    request,
-                    self.tokenizer,
-                    config,
-                    index=index + number,
-                    stop_words=stop_words,
-                    is_streaming=is_streaming,
-                )
-            )
+            answers.append(make_answer(request, self.tokenizer, config, index + number, is_streaming))
         return answers
 
     def _load_vocabulary(self) -> None:
         """Tell the engine the tokens' bytes, once; most engines never need them."""
         with self._vocabulary_lock:
             if not self._has_vocabulary:
-                from lmdeploy.engine.guided import GuidedVocabulary
+                from lmdeploy.grammar import guided_vocabulary
 
-                tokenizer = self.tokenizer
-                tokens = [tokenizer.token_to_bytes(i) for i in range(tokenizer.vocab_size)]
-                special = sorted(tokenizer.special_tokens.values())
-                self.client.load_vocabulary(GuidedVocabulary(tokens, special, self.end_token_ids))
+                self.client.load_vocabulary(guided_vocabulary(self.tokenizer, self.end_token_ids))
                 self._has_vocabulary = True
 
     def _start(
@@ -333,23 +310,16 @@ def open_engine(
         from lmdeploy.workspace_settings import with_workspace
 
         config, chat_template_config = with_workspace(path, config, chat_template_config)
-    template = choose_chat_template(path, tokenizer, _hf_config(path), chat_template_config)
+    template = choose_chat_template(path, tokenizer, read_json(path / "config.json"), chat_template_config)
     return AsyncEngine(path, start(path, config), tokenizer, template, read_defaults(path, defaults), max_log_len)
-
-
-def _hf_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder; nothing for a GGUF file. Whether it is a good one is the loader's question."""
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def check_prompt(prompt: object) -> None:
     """Raise InvalidParameter unless the prompt is text, messages of text, or token ids."""
     if not isinstance(prompt, str) and not _is_token_ids(prompt):
-        _check_messages(prompt)
+        from lmdeploy.chat_template.messages import check_form
+
+        check_form(prompt)
 
 
 def _is_token_ids(prompt: object) -> bool:
@@ -358,21 +328,10 @@ def _is_token_ids(prompt: object) -> bool:
     return isinstance(prompt[0], int) and not isinstance(prompt[0], bool)
 
 
-def _check_messages(prompt: object) -> None:
-    """Raise InvalidParameter unless these are messages, and of text; their details are the template's to judge."""
-    if isinstance(prompt, tuple):
-        raise InvalidParameter(_NO_VISION.format("the prompt is a tuple of text and images"))
-    if not isinstance(prompt, Sequence) or not prompt or not all(isinstance(item, Mapping) for item in prompt):
-        raise InvalidParameter(
-            f"a prompt of type {type(prompt).__name__}: give a str, a list of messages such as "
-            "[{'role': 'user', 'content': 'Hi'}], or a list of token ids"
-        )
-    for message in prompt:
-        content = message.get("content")
-        for part in content if isinstance(content, Sequence) and not isinstance(content, str) else ():
-            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-            if kind != "text":
-                raise InvalidParameter(_NO_VISION.format(f"a message holds a part of type {kind!r}"))
+def _with_stop_words(stop_words: list[str]) -> Callable[..., AnswerStream]:
+    from lmdeploy.stoppable_answer import StoppableAnswer
+
+    return partial(StoppableAnswer, stop_words)
 
 
 def _log_prompt(request: Request, prompt: Prompt, max_log_len: int | None) -> None:

@@ -5,7 +5,6 @@ It knows the tokenizer but no prompt's text, no chat template and no engine.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from lmdeploy.engine.request import SamplingParams
 from lmdeploy.errors import InvalidParameter
+from lmdeploy.local_file import read_json
 from lmdeploy.logging import get_logger
 from lmdeploy.messages import GenerationConfig
 from lmdeploy.tokenizer import Tokenizer
@@ -30,11 +30,8 @@ _NOT_SUPPORTED = (
 
 def read_defaults(path: Path, fallback: GenerationConfig) -> GenerationConfig:
     """`fallback`, under the sampling settings of the model's generation_config.json if that says do_sample."""
-    try:
-        values = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or a GGUF file, which has none
-        return fallback
-    if not isinstance(values, dict) or not values.get("do_sample"):
+    values = read_json(path / "generation_config.json")  # which a GGUF file has not
+    if not values.get("do_sample"):
         return fallback
     names = (*_SAMPLING_DEFAULTS, "repetition_penalty")
     found = {name: values[name] for name in names if values.get(name) is not None}

@@ -1,18 +1,21 @@
 """From a response_format to a grammar in llguidance's form: schemas checked keyword by keyword, sizes and depths bounded.
 
-It knows neither tokens nor engines; what a grammar needs of the vocabulary is checked where it is compiled.
+It knows no engine; what a grammar needs of the vocabulary is checked where it is compiled.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher
 
-from lmdeploy.engine.guided import LIMITS
+from lmdeploy.engine.guided import LIMITS, GuidedVocabulary
 from lmdeploy.errors import InvalidGrammar
+
+if TYPE_CHECKING:
+    from lmdeploy.tokenizer import Tokenizer
 
 MAX_CHARS = 1 << 18
 MAX_DEPTH = 64
@@ -152,3 +155,9 @@ def _check_keywords(schema: object, where: str, path: str = "#") -> None:
             raise InvalidGrammar(
                 f"{where}: the keyword {str(key)[:80]!r} at {path[:200]} is not supported; leave it out"
             )
+
+
+def guided_vocabulary(tokenizer: Tokenizer, end_token_ids: list[int]) -> GuidedVocabulary:
+    """The tokens' bytes and which of them are special, as the engine needs them for grammars."""
+    tokens = [tokenizer.token_to_bytes(i) for i in range(tokenizer.vocab_size)]
+    return GuidedVocabulary(tokens, sorted(tokenizer.special_tokens.values()), end_token_ids)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lmdeploy.chat_template.base import Message, RenderOptions, check_messages
+from lmdeploy.chat_template.base import Message, RenderOptions
 from lmdeploy.chat_template.config import ChatTemplateConfig
+from lmdeploy.chat_template.messages import check_messages
 from lmdeploy.chat_template.named import CHAT_TEMPLATES, TemplateSource, find_template, register_chat_template
 from lmdeploy.chat_template.turns import TurnTemplate
 

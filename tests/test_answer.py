@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from lmdeploy.answer import AnswerStream
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 from lmdeploy.errors import InvalidParameter
 from lmdeploy.messages import GenerationConfig, Response
+from lmdeploy.stoppable_answer import StoppableAnswer
 from lmdeploy.tokenizer import Tokenizer
 from tests.tiny_model import make_tiny_llama
 
@@ -33,7 +36,8 @@ def answer(
     config = config or GenerationConfig()
     sampling = sampling or SamplingParams(min_new_tokens=config.min_new_tokens or 0)
     request = Request("r", [5, 6, 7], sampling)
-    stream = AnswerStream(request, tokenizer, config, stop_words=config.stop_words, is_streaming=is_streaming)
+    make_stream = partial(StoppableAnswer, config.stop_words) if config.stop_words else AnswerStream
+    stream = make_stream(request, tokenizer, config, is_streaming=is_streaming)
     responses = []
     for number, token in enumerate(ids):
         reason = finish if number == len(ids) - 1 else None

@@ -17,10 +17,10 @@ import lmdeploy
 from lmdeploy.api import Pipeline, pipeline
 from lmdeploy.async_engine import AsyncEngine
 from lmdeploy.chat_template import choose_chat_template
+from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.engine.request import Request
 from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter
 from lmdeploy.messages import (
-    ChatTemplateConfig,
     GenerationConfig,
     PytorchEngineConfig,
     Response,

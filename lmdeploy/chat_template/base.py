@@ -1,4 +1,4 @@
-"""What every chat template does, and the one form of messages they all take. It knows no template."""
+"""What every chat template does. It knows no template."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from lmdeploy.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from lmdeploy.tokenizer import Tokenizer
@@ -59,12 +57,16 @@ class ChatTemplate(ABC):
             template_kwargs if enable_thinking is None else {**template_kwargs, "enable_thinking": enable_thinking}
         )
         options = RenderOptions(add_generation_prompt, tools, continue_final_message, variables)
+        from lmdeploy.chat_template.messages import check_messages
+
         return self._text(check_messages(messages), options)
 
     def render_ids(
         self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, options: RenderOptions = DEFAULT_OPTIONS
     ) -> list[int]:
         """The prompt as ids, with begin tokens where the model wants them; options: the arguments of render."""
+        from lmdeploy.chat_template.messages import check_messages
+
         return self._ids(check_messages(messages), tokenizer, options)
 
     @abstractmethod
@@ -103,25 +105,3 @@ class ChatTemplate(ABC):
             if len(encoded) == 1 and tokenizer.token_to_bytes(encoded[0]) == word.encode("utf-8"):
                 ids.append(encoded[0])
         return list(dict.fromkeys(ids))
-
-
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Copies of the messages with a string or None as content; raises InvalidParameter naming the first that is wrong.
-
-    Text parts are joined by line breaks. Parts of another type stay, for the templates of vision-language models.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InvalidParameter(f"messages={messages!r}: give a list of at least one message with role and content")
-    return [_check_message(i, message) for i, message in enumerate(messages)]
-
-
-def _check_message(index: int, message: Any) -> Message:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidParameter(f"messages[{index}]={message!r}: a message is a mapping with a role and a content")
-    content = message.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-            content = "\n".join(part["text"] for part in content)
-    elif content is not None and not isinstance(content, str):
-        raise InvalidParameter(f"messages[{index}]: content is {type(content).__name__}, not text or a list of parts")
-    return {**message, "content": content}

@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 
 from lmdeploy.cli.parser import Parser
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import PublicConfig, PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.messages import PublicConfig, TurbomindEngineConfig
+from lmdeploy.pytorch_config import PytorchEngineConfig
 
 BACKENDS: dict[str, type[PublicConfig]] = {"turbomind": TurbomindEngineConfig, "pytorch": PytorchEngineConfig}
 # What the two classes name differently: TurboMind's name -> PyTorch's.

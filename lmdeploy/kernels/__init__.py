@@ -14,13 +14,11 @@ from lmdeploy.kernels import cpu
 from lmdeploy.kernels.reference import attention, basic
 from lmdeploy.kernels.reference.attention import (
     apply_rope,
-    latent_store_attend,
     paged_attention,
     store_kv,
     store_rotate_attend,
 )
 from lmdeploy.kernels.reference.basic import activate
-from lmdeploy.kernels.reference.moe import routed_mlp
 from lmdeploy.kernels.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -49,6 +47,7 @@ __all__ = [
 ]
 
 
+_MAX_SPLITS = 32  # of a request, by kernels/triton/decode_attention.py
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -142,6 +141,14 @@ def make_decode_buffers(max_batch: int, max_context_len: int, device: torch.devi
     return DecodeBuffers(max_batch, max_context_len, device)
 
 
+def decode_buffer_bytes(max_batch: int, max_context_len: int, num_heads: int, value_dim: int) -> int:
+    """What `make_decode_buffers` comes to take for heads of that form: a partial result of every split, in float32."""
+    from lmdeploy.kernels.cuda.decode_attention import MIN_SPLIT
+
+    splits = min(_MAX_SPLITS, -(-max_context_len // MIN_SPLIT))
+    return max_batch * splits * num_heads * (value_dim + 2) * 4
+
+
 def argmax(logits: Tensor) -> Tensor:
     """The first largest logit of each row, [R, V] -> [R] int64; -1 where the largest is not finite or one is NaN."""
     if logits.is_cuda and has_gpu_kernels():
@@ -169,3 +176,40 @@ def store_tokens(rows: Tensor, tokens: Tensor, last_tokens: Tensor) -> None:
     else:
         from lmdeploy.kernels.reference import decode_inputs  # type: ignore[no-redef]
     decode_inputs.store_tokens(rows, tokens, last_tokens)
+
+
+def latent_store_attend(
+    q: Tensor,
+    latent: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    ctx: ForwardContext,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Multi-head latent attention over its compressed cache. Arguments and result as in the reference."""
+    if runs_on_gpu(q) and ctx.decode_buffers is not None:
+        from lmdeploy.kernels.triton import step
+
+        return step.latent_store_attend(q, latent, rope_key, cos, sin, cache, ctx, spec)
+    return attention.latent_store_attend(q, latent, rope_key, cos, sin, cache, ctx, spec)
+
+
+def routed_mlp(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    clamp: float | None = None,
+) -> Tensor:
+    """Weighted sum of the gated MLPs that each token is routed to. Arguments and result as in the reference."""
+    if runs_on_gpu(x):
+        from lmdeploy.kernels.triton import moe
+    else:
+        from lmdeploy.kernels.reference import moe  # type: ignore[no-redef]
+    return moe.routed_mlp(x, weights, experts, gate_up, down, activation, gate_up_bias, down_bias, clamp)

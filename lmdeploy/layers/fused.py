@@ -18,10 +18,3 @@ def gated_mlp(
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(norm(x)): [T, C] -> [T, C]."""
     return gate_up.method.gated_mlp(x, norm, gate_up, down, activation, residual)
-
-
-def routed_mlp(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Linear, down: Linear, activation: str, clamp: float | None
-) -> Tensor:
-    """Sum of weights [T, k] times the gated MLPs of experts [T, k], whose rows are stacked in gate_up and down: [T, C]."""
-    return gate_up.method.routed_mlp(x, weights, experts, gate_up, down, activation, clamp)

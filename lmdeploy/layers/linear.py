@@ -18,8 +18,12 @@ class Linear(nn.Module):
 
     method: LinearMethod
 
-    def __init__(self, in_features: int, out_features: int | Sequence[int], bias: bool = False) -> None:
+    def __init__(
+        self, in_features: int, out_features: int | Sequence[int], bias: bool = False, num_experts: int = 1
+    ) -> None:
+        """num_experts: the rows are those of so many linears, of which a token is routed to a few."""
         super().__init__()
+        self.num_experts = num_experts
         self.in_features = in_features
         self.parts = (out_features,) if isinstance(out_features, int) else tuple(out_features)
         self.out_features = sum(self.parts)

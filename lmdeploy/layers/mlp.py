@@ -1,11 +1,10 @@
-"""The feed-forward blocks of a decoder layer."""
+"""The feed-forward block of a decoder layer."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lmdeploy import kernels
-from lmdeploy.layers.fused import gated_mlp, norm_linear
+from lmdeploy.layers.fused import gated_mlp
 from lmdeploy.layers.linear import Linear
 from lmdeploy.layers.norm import Norm
 
@@ -21,17 +20,3 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm | None, residual: Tensor | None) -> Tensor:
         return gated_mlp(x, norm, self.gate_up_proj, self.down_proj, self.activation, residual)
-
-
-class MLP(nn.Module):
-    """down(activation(up x)), the ungated form."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
-        super().__init__()
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
-        self.activation = activation
-
-    def forward(self, x: Tensor, norm: Norm | None, residual: Tensor | None) -> Tensor:
-        hidden = kernels.activate(norm_linear(x, norm, self.up_proj), self.activation)
-        return self.down_proj(hidden, residual=residual)

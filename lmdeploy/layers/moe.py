@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmdeploy.layers.fused import routed_mlp
 from lmdeploy.layers.linear import Linear
 from lmdeploy.layers.mlp import GatedMLP
 from lmdeploy.layers.norm import Norm
@@ -72,8 +71,8 @@ class RoutedMLP(nn.Module):
         self.moe = moe
         self.activation = activation
         self.router = Router(hidden_size, moe)
-        self.gate_up_proj = Linear(hidden_size, (size, size) * count, bias=moe.expert_bias)
-        self.down_proj = Linear(size, (hidden_size,) * count, bias=moe.expert_bias)
+        self.gate_up_proj = Linear(hidden_size, (size, size) * count, moe.expert_bias, num_experts=count)
+        self.down_proj = Linear(size, (hidden_size,) * count, moe.expert_bias, num_experts=count)
         self.shared_expert = GatedMLP(hidden_size, moe.shared_size, activation) if moe.shared_size else None
         self.shared_gate = Linear(hidden_size, 1) if moe.shared_gate else None
 
@@ -81,7 +80,8 @@ class RoutedMLP(nn.Module):
         """x, residual, result: [T, C]."""
         x = x if norm is None else norm(x)
         weights, experts = self.router(x)
-        out = routed_mlp(x, weights, experts, self.gate_up_proj, self.down_proj, self.activation, self.moe.clamp)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        out = gate_up.method.routed_mlp(x, weights, experts, gate_up, down, self.activation, self.moe.clamp)
         if residual is not None:
             out = out + residual
         if self.shared_expert is None:

@@ -126,7 +126,8 @@ def plot_errors(layers: Sequence[Mapping[str, Any]], file: Path) -> bool:
 def sample_answers(path: Path, device: str) -> list[str]:
     """Greedy answers of a model to SAMPLE_PROMPTS; what went wrong in place of an answer that cannot be had."""
     from lmdeploy.api import pipeline
-    from lmdeploy.messages import GenerationConfig, PytorchEngineConfig
+    from lmdeploy.messages import GenerationConfig
+    from lmdeploy.pytorch_config import PytorchEngineConfig
 
     config = PytorchEngineConfig(session_len=512, max_batch_size=2, device_type=device)
     try:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lmdeploy.layers.layer_norm import LayerNorm
 from lmdeploy.layers.linear import Linear
-from lmdeploy.layers.norm import LayerNorm, RMSNorm
+from lmdeploy.layers.norm import RMSNorm
 from lmdeploy.lite.grids import Grid, GridSpec, plain_grid, roughly_clipped_grid
 from lmdeploy.lite.moments import Key, Moments
 from lmdeploy.models.base import ScaleTable

@@ -18,8 +18,9 @@ from lmdeploy.kernels.reference.w8a8 import quantize_tokens
 from lmdeploy.layers.context import ForwardContext, KVCache
 from lmdeploy.layers.linear import Linear
 from lmdeploy.layers.norm import Norm
+from lmdeploy.local_file import refuse_pointer
 from lmdeploy.models.base import CausalLM
-from lmdeploy.models.checkpoint import open_checkpoint, refuse_pointer
+from lmdeploy.models.checkpoint import open_checkpoint
 from lmdeploy.models.config import ModelConfig, load_config
 from lmdeploy.models.filling import Slot, find_slots, make_plan, place
 from lmdeploy.models.loader import build_model

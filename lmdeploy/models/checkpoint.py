@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lmdeploy.errors import CheckpointError
+from lmdeploy.local_file import refuse_pointer
 from lmdeploy.models.weight_files import SafetensorsFile, TensorInfo, TensorSource
 from lmdeploy.models.weights import Value
 
-_POINTER = b"version https://git-lfs"
 _DENSE = ("weight", "bias", "inv_freq")  # how tensors of unquantized checkpoints end
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -81,15 +81,6 @@ def weight_files(path: Path) -> list[Path]:
         f"{path} has no model*.safetensors and no pytorch_model*.bin (it has: {_listing(path)}); download the weights, or "
         "convert them to safetensors"
     )
-
-
-def refuse_pointer(file: Path) -> None:
-    """Raise CheckpointError if the file is what git leaves where git-lfs has not fetched the content."""
-    with open(file, "rb") as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(
-                f"{file} is a git-lfs pointer, not the weights; run `git lfs install && git lfs pull` in {file.parent}"
-            )
 
 
 def _opener(file: Path) -> Callable[[Path], TensorSource]:

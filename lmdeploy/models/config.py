@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy.errors import CheckpointError, ConfigError
+from lmdeploy.local_file import read_json
 from lmdeploy.models.rope_config import RopeConfig, positive_number, read_rope
 
 if TYPE_CHECKING:
+    from lmdeploy.models.base import CausalLM
     from lmdeploy.models.moe_config import MLAConfig, MoEConfig
 
-__all__ = ["ConfigDialect", "ModelConfig", "RopeConfig", "load_config"]
+__all__ = ["ModelConfig", "RopeConfig", "load_config"]
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -27,18 +28,6 @@ ACTIVATIONS = {
 }
 LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "model_max_length", "seq_length", "max_seq_len")
 EPS_KEYS = ("rms_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "layer_norm_eps", "norm_epsilon")
-
-
-class ConfigDialect(Protocol):
-    """How a family's config.json departs from the usual one; every model class is a dialect."""
-
-    config_keys: ClassVar[Mapping[str, str]]
-    config_defaults: ClassVar[Mapping[str, Any]]
-
-    @classmethod
-    def config_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """ModelConfig fields that the family derives itself, from the config with the usual names."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class ModelConfig:
     quantization: Mapping[str, Any] | None = None
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], dialect: type[ConfigDialect] | None = None) -> ModelConfig:
+    def from_hf(cls, hf: Mapping[str, Any], dialect: type[CausalLM] | None = None) -> ModelConfig:
         """Read the content of a config.json of either generation of Hugging Face configs.
 
         dialect: the family's model class; looked up by architecture if None. Raises ModelNotSupported for an unknown
@@ -160,10 +149,10 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         from lmdeploy.models.gguf_config import gguf_to_hf
 
         return gguf_to_hf(path)
-    hf = _read_json(path / "config.json")
-    if hf is None:
+    hf = read_json(path / "config.json")
+    if not hf:
         raise CheckpointError(f"{path} has no config.json; give a model folder in Hugging Face layout or a .gguf file")
-    generation = _read_json(path / "generation_config.json") or {}
+    generation = read_json(path / "generation_config.json")
     eos = dict.fromkeys((*token_ids(hf.get("eos_token_id")), *token_ids(generation.get("eos_token_id"))))
     return {**hf, "eos_token_id": list(eos)}
 
@@ -186,7 +175,7 @@ def find_architecture(hf: Mapping[str, Any]) -> str:
     return architecture_of(hf.get("model_type"))
 
 
-def usual_names(hf: Mapping[str, Any], dialect: type[ConfigDialect]) -> dict[str, Any]:
+def usual_names(hf: Mapping[str, Any], dialect: type[CausalLM]) -> dict[str, Any]:
     """hf with the family's own keys under their usual names, and the family's defaults for absent ones."""
     usual = dict(hf)
     for own, name in dialect.config_keys.items():
@@ -276,18 +265,6 @@ def token_ids(value: Any) -> tuple[int, ...]:
     if not all(isinstance(one, int) for one in values):
         raise ConfigError(f"a token id such as eos_token_id must be an integer or a list of them, not {value!r}")
     return values
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lmdeploy.layers.norm import LayerNorm, Norm
+from lmdeploy.layers.layer_norm import LayerNorm
+from lmdeploy.layers.norm import Norm
 from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.llama import LlamaForCausalLM
 from lmdeploy.models.moe_config import read_moe

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmdeploy.layers.layer_norm import LayerNorm
 from lmdeploy.layers.linear import Linear
-from lmdeploy.layers.norm import LayerNorm, RMSNorm
+from lmdeploy.layers.norm import RMSNorm
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.filling import find_slots, materialize
 from lmdeploy.quantization import choose_method

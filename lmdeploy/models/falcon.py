@@ -7,13 +7,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lmdeploy import kernels
 from lmdeploy.layers.context import ForwardContext
-from lmdeploy.layers.mlp import MLP
-from lmdeploy.layers.norm import LayerNorm, Norm
+from lmdeploy.layers.fused import norm_linear
+from lmdeploy.layers.layer_norm import LayerNorm
+from lmdeploy.layers.linear import Linear
+from lmdeploy.layers.norm import Norm
 from lmdeploy.models.base import CausalLM, ScaleTable
 from lmdeploy.models.llama import LlamaDecoderLayer
 from lmdeploy.models.weight_rules import Rows, grouped_qkv
 from lmdeploy.models.weights import Rename, WeightMap
+
+
+class MLP(nn.Module):
+    """down(activation(up x)), the ungated form."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor, norm: Norm | None, residual: Tensor | None) -> Tensor:
+        hidden = kernels.activate(norm_linear(x, norm, self.up_proj), self.activation)
+        return self.down_proj(hidden, residual=residual)
 
 
 class FalconParallelLayer(nn.Module):

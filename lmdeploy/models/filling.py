@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,6 @@ from lmdeploy.models.base import CausalLM
 from lmdeploy.models.weight_files import TensorSource
 from lmdeploy.models.weights import Piece, Value, WeightMap, dense, take_rows
 from lmdeploy.quantization import choose_method
-
-_NAMES_SHOWN = 8
 
 
 @dataclass
@@ -96,7 +94,10 @@ def make_plan(
                 slot.sources[part] = name
         if pieces:
             plan[name] = pieces
-    _check_complete(slots, list(dict.fromkeys(unused)))
+    if unused or any(len(slot.sources) < len(slot.parts) for slot in slots.values()):
+        from lmdeploy.models.misfit import describe_misfit
+
+        raise CheckpointError(describe_misfit(slots, list(dict.fromkeys(unused))))
     return plan
 
 
@@ -147,29 +148,3 @@ def _check_shape(value: Value, expected: tuple[int, ...], name: str, piece: Piec
             f"tensor {name!r} (parameter {piece.name}{part}) should have shape {list(expected)} and has {list(value.shape)}; "
             "config.json and the weights are of different models"
         )
-
-
-def _check_complete(slots: dict[str, Slot], unused: list[str]) -> None:
-    missing = list(_unfilled(slots))
-    if missing or unused:
-        hint = (
-            '; if the embedding is the head, set "tie_word_embeddings": true' if missing == ["lm_head.weight"] else ""
-        )
-        raise CheckpointError(
-            f"the checkpoint does not fit the model: {_listed(missing, 'parameters without a tensor')}; "
-            f"{_listed(unused, 'tensors without a parameter')}; complete the download, or mend config.json{hint}"
-        )
-
-
-def _unfilled(slots: dict[str, Slot]) -> Iterator[str]:
-    for name, slot in slots.items():
-        gaps = [part for part in range(len(slot.parts)) if part not in slot.sources]
-        if len(gaps) == len(slot.parts):
-            yield name
-        elif gaps:
-            yield f"{name} (parts {', '.join(map(str, gaps))} of {len(slot.parts)})"
-
-
-def _listed(names: list[str], what: str) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
-    return f"{len(names)} {what}" + (f" ({shown})" if names else "")

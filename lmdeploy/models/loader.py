@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.local_file import refuse_pointer
 from lmdeploy.logging import get_logger
 from lmdeploy.models import model_class
 from lmdeploy.models.base import CausalLM
-from lmdeploy.models.checkpoint import open_checkpoint, refuse_pointer
+from lmdeploy.models.checkpoint import open_checkpoint
 from lmdeploy.models.config import ModelConfig, load_config
 from lmdeploy.models.filling import fill
 from lmdeploy.models.weights import WeightMap

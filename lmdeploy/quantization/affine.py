@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from lmdeploy.kernels import cpu
+from lmdeploy.kernels import cpu, has_gpu_kernels, runs_on_gpu
 from lmdeploy.kernels.reference import affine as reference
 from lmdeploy.quantization.method import LinearMethod
 from lmdeploy.quantization.packing import AffineTensor, same_columns
@@ -56,7 +56,7 @@ class AffineMethod(LinearMethod):
             return
         weight = kernel_groups(AffineTensor.stack(parts))
         self.columns = weight.columns
-        self.kernels = choose_kernels(weight, self.dtype)
+        self.kernels = choose_kernels(weight, self.dtype, linear.num_experts)
         self.packed = self.kernels.pack(weight.q, weight.scales, weight.mins, weight.bits)
 
     def apply(self, linear: Linear, x: Tensor, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
@@ -80,6 +80,28 @@ class AffineMethod(LinearMethod):
             return super().gated_mlp(x, norm, gate_up, down, activation, residual)
         x, fused = fused_norm(x, norm)
         return self.kernels.gated_mlp(x, self.packed, other.packed, activation, residual=residual, **fused)
+
+    def routed_mlp(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        gate_up: Linear,
+        down: Linear,
+        activation: str,
+        clamp: float | None,
+    ) -> Tensor:
+        other = down.method
+        is_reordered = not isinstance(other, AffineMethod) or self.columns is not None or other.columns is not None
+        if is_reordered or not runs_on_gpu(x) or self.packed.bits != 4:
+            return super().routed_mlp(x, weights, experts, gate_up, down, activation, clamp)
+        from lmdeploy.kernels.triton import moe
+
+        first, second = (
+            b if b is None else b.unflatten(0, (gate_up.num_experts, -1)) for b in (gate_up.bias, down.bias)
+        )
+        packed = cast(AffineMethod, other).packed
+        return moe.routed_mlp_affine(x, weights, experts, self.packed, packed, activation, first, second, clamp)
 
     def embed(self, linear: Linear, ids: Tensor) -> Tensor:
         rows: Tensor = self.kernels.embed(ids, self.packed, self.dtype)
@@ -108,14 +130,10 @@ def kernel_groups(weight: AffineTensor) -> AffineTensor:
     return weight.to_group(next(sizes, weight.group_size))
 
 
-def choose_kernels(weight: AffineTensor, dtype: torch.dtype) -> ModuleType:
+def choose_kernels(weight: AffineTensor, dtype: torch.dtype, num_experts: int = 1) -> ModuleType:
     """The fastest module with pack, unpack, linear, gated_mlp and embed for this weight [N, K] where it lies."""
     if weight.q.is_cuda:
-        from lmdeploy.kernels.cuda import affine as cuda_affine
-
-        n, k = weight.shape
-        if cuda_affine.supports(n, k, weight.group_size, weight.bits, dtype, weight.q.device):
-            return cuda_affine
+        return _choose_gpu_kernels(weight, dtype, num_experts)
     if weight.q.device.type == "cpu" and dtype == torch.bfloat16 and weight.group_size in _KERNEL_GROUP_SIZES:
         if cpu.is_available():
             return cpu
@@ -123,6 +141,20 @@ def choose_kernels(weight: AffineTensor, dtype: torch.dtype) -> ModuleType:
 
         if aten_affine.supports(weight.shape[0], weight.group_size, weight.bits):
             return aten_affine
+    return reference
+
+
+def _choose_gpu_kernels(weight: AffineTensor, dtype: torch.dtype, num_experts: int) -> ModuleType:
+    """CUDA C++ for what it takes; Triton for other shapes and for experts, which only it routes to."""
+    from lmdeploy.kernels.cuda import affine as cuda_affine
+
+    n, k = weight.shape
+    if num_experts == 1 and cuda_affine.supports(n, k, weight.group_size, weight.bits, dtype, weight.q.device):
+        return cuda_affine
+    if has_gpu_kernels() and dtype != torch.float32 and weight.group_size in _KERNEL_GROUP_SIZES:
+        from lmdeploy.kernels.triton import affine as triton_affine
+
+        return triton_affine
     return reference
 
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from lmdeploy.chat_template.config import ChatTemplateConfig
 from lmdeploy.errors import ConfigError
-from lmdeploy.messages import PublicConfig, PytorchEngineConfig, TurbomindEngineConfig, non_default_fields
+from lmdeploy.messages import PublicConfig, TurbomindEngineConfig, non_default_fields
+from lmdeploy.pytorch_config import PytorchEngineConfig
 from lmdeploy.serve.openai.api_client import APIClient
 
 _READY = re.compile(r"^serving .* at (https?://\S+); Ctrl-C ends it$")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ import tokenizers
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
-
-_logger = logging.getLogger("lmdeploy")
 
 
 class HuggingFaceVocabulary(Vocabulary):
@@ -26,7 +23,10 @@ class HuggingFaceVocabulary(Vocabulary):
     def __init__(self, tokenizer: tokenizers.Tokenizer, added: Sequence[AddedToken] = ()) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        _add_missing(tokenizer, added)
+        if added:
+            from lmdeploy.tokenizer.added_tokens import add_missing
+
+            add_missing(tokenizer, added)
         self._tokenizer = tokenizer
         self._added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
         self._bytes: dict[int, bytes] = {}
@@ -95,20 +95,6 @@ class HuggingFaceVocabulary(Vocabulary):
             if whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start]), tuple(whole[start + len(plain) :])
         return (), ()
-
-
-def _add_missing(tokenizer: tokenizers.Tokenizer, added: Sequence[AddedToken]) -> None:
-    """Register tokens that only `tokenizer_config.json` names; the library numbers them, so the order is by id."""
-    present = tokenizer.get_added_tokens_decoder()
-    for token in sorted(added, key=lambda token: token.id):
-        if token.id in present:
-            continue
-        flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": token.normalized}
-        entry = tokenizers.AddedToken(token.text, single_word=token.single_word, special=token.special, **flags)
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([entry])
-        if tokenizer.token_to_id(token.text) != token.id:
-            _logger.warning("added token %r should have id %d, the vocabulary gives %s", token.text, token.id,
-                            tokenizer.token_to_id(token.text))  # fmt: skip
 
 
 def _decoding_rule(decoder: Any) -> tuple[str, bool]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmdeploy.errors import CheckpointError
+from lmdeploy.local_file import refuse_pointer
 from lmdeploy.tokenizer.settings import TokenizerSettings, read_settings
 from lmdeploy.tokenizer.vocabulary import Vocabulary
-
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass
@@ -152,7 +151,7 @@ def _load(path: Path) -> tuple[Vocabulary, TokenizerSettings]:
         path = tokenizer_folder(path)
     settings = read_settings(path)
     for file in _candidates(path):
-        _refuse_lfs_pointer(file)
+        refuse_pointer(file)
         return _load_file(file, settings), settings
     raise CheckpointError(
         f"{path} has no tokenizer: none of tokenizer.json, tokenizer.model, *.tiktoken is there. "
@@ -163,12 +162,6 @@ def _load(path: Path) -> tuple[Vocabulary, TokenizerSettings]:
 def _candidates(folder: Path) -> list[Path]:
     named = [folder / "tokenizer.json", folder / "tokenizer.model", *sorted(folder.glob("*.tiktoken"))]
     return [file for file in named if file.is_file()]
-
-
-def _refuse_lfs_pointer(file: Path) -> None:
-    with open(file, "rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def _load_file(file: Path, settings: TokenizerSettings) -> Vocabulary:

@@ -265,7 +265,7 @@ def test_the_command_compares_two(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--request-rate", "2", "--concurrency", "2"], "not both"),
         (["--dataset", "/nowhere.json"], "cannot read the prompts"),
         (["--extra-body", "[1]"], "no JSON object"),
-        (["--extra-body", "{"], "no JSON"),
+        (["--extra-body", "{"], "--extra-body is no JSON"),
         (["http://b", "http://c"], "give one server, or two"),
     ],
 )

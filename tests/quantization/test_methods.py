@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from lmdeploy.kernels import aten_affine, cpu
 from lmdeploy.kernels.reference import affine as reference
 from lmdeploy.kernels.reference.basic import gated_activation, rms_norm
+from lmdeploy.layers.layer_norm import LayerNorm
 from lmdeploy.layers.linear import Linear
-from lmdeploy.layers.norm import LayerNorm, RMSNorm
+from lmdeploy.layers.norm import RMSNorm
 from lmdeploy.quantization import QUANTIZATION, choose_method
 from lmdeploy.quantization.affine import AffineMethod
 from lmdeploy.quantization.method import LinearMethod

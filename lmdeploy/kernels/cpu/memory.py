@@ -40,6 +40,7 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(_ADVICE))
 
 
+@torch.inference_mode(False)  # a slab outlives the mode in which its first piece is asked for
 def _map(num_bytes: int) -> Tensor:
     if _ADVICE is None:
         return torch.empty(num_bytes, dtype=torch.uint8)

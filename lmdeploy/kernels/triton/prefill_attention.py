@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lmdeploy.kernels.spec import AttentionSpec
-from lmdeploy.kernels.triton import flash
 from lmdeploy.kernels.triton.scores import biased, softcapped
 from lmdeploy.kernels.triton.stored import Blocks, Side, float8_factor, float8_to, hadamard, minimum_of, scale_of, side
 
@@ -52,9 +51,7 @@ def prefill_attention(
         starts = cu_seqlens_k if cu_seqlens_k is not None else running_sum(context_lens)
         sizes = (max_context_len, total_context)
         linear_k, linear_v = (_gather(part, block_tables, starts, sizes, q.shape[-1], q.dtype) for part in (k, v))
-        if use_torch and spec.window is None and flash.supports(q):
-            out = flash.flash_attention(q, linear_k, linear_v, cu_seqlens_q, starts, max_query_len, spec.scale)
-        elif use_torch:
+        if use_torch:
             out = _torch_flash(q, linear_k, linear_v, cu_seqlens_q, starts, max_query_len, max_context_len, spec)
         else:
             k_run, v_run = (Side(x, x, "plain", 1) for x in (linear_k, linear_v))

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kernels.cuda import decode_attention as cuda
+from lmdeploy.kernels.reference.attention import apply_rope
 from lmdeploy.kernels.spec import AttentionSpec
 from lmdeploy.kernels.triton import decode_attention as decode
+from lmdeploy.kernels.triton.latent import store_entries
 from lmdeploy.kernels.triton.prefill_attention import prefill_attention, running_sum
 from lmdeploy.kernels.triton.rope_store import rope_store
 
@@ -49,9 +51,34 @@ def rope_store_attend(
 ) -> Tensor:
     """As the reference: [T, (H + 2 Hkv) * D] -> [T, H * D]."""
     q = rope_store(qkv, cos, sin, ctx.positions, ctx.slot_mapping, keys, values, spec, table_by_token=True)
+    return attend(q, keys, values, ctx, spec, qkv.dtype).flatten(1)
+
+
+def latent_store_attend(
+    q: Tensor,
+    latent: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    ctx: ForwardContext,
+    spec: AttentionSpec,
+) -> Tensor:
+    """As the reference: [T, H, latent + R] -> [T, H, latent]."""
+    size = latent.shape[1]
+    q = torch.cat((q[..., :size], apply_rope(q[..., size:], cos, sin, spec.interleaved)), dim=-1)
+    turned = apply_rope(rope_key[:, None], cos, sin, spec.interleaved)[:, 0]
+    store_entries(latent, turned, cache, ctx.slot_mapping)
+    return attend(q, cache, cache[..., :size], ctx, spec, latent.dtype)
+
+
+def attend(
+    q: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext, spec: AttentionSpec, dtype: torch.dtype
+) -> Tensor:
+    """New tokens over what is stored: q [T, H, D] -> [T, H, Dv] in dtype."""
     num_decodes = ctx.num_decodes
     if num_decodes == len(ctx.query_lens):
-        return decode_rows(q, keys, values, ctx, spec, qkv.dtype).flatten(1)
+        return decode_rows(q, keys, values, ctx, spec, dtype)
     prefilled = prefill_attention(
         q[num_decodes:],
         keys,
@@ -64,12 +91,11 @@ def rope_store_attend(
         sum(ctx.context_lens_host[num_decodes:]),
         spec,
         cu_seqlens_k=ctx.once("prefill ends", lambda: running_sum(ctx.context_lens[num_decodes:])),
-        dtype=qkv.dtype,
+        dtype=dtype,
     )
-    if num_decodes:
-        decoded = decode_rows(q[:num_decodes], keys, values, ctx, spec, qkv.dtype)
-        prefilled = torch.cat((decoded, prefilled))
-    return prefilled.flatten(1)
+    if not num_decodes:
+        return prefilled
+    return torch.cat((decode_rows(q[:num_decodes], keys, values, ctx, spec, dtype), prefilled))
 
 
 def decode_rows(

@@ -1,0 +1,35 @@
+"""What to tell a user whose checkpoint does not fit the model. It judges nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmdeploy.models.filling import Slot
+
+_NAMES_SHOWN = 8
+
+
+def describe_misfit(slots: dict[str, Slot], unused: list[str]) -> str:
+    """The parameters without a tensor, the tensors without a parameter, and what to do."""
+    missing = list(_unfilled(slots))
+    hint = '; if the embedding is the head, set "tie_word_embeddings": true' if missing == ["lm_head.weight"] else ""
+    return (
+        f"the checkpoint does not fit the model: {_listed(missing, 'parameters without a tensor')}; "
+        f"{_listed(unused, 'tensors without a parameter')}; complete the download, or mend config.json{hint}"
+    )
+
+
+def _unfilled(slots: dict[str, Slot]) -> Iterator[str]:
+    for name, slot in slots.items():
+        gaps = [part for part in range(len(slot.parts)) if part not in slot.sources]
+        if len(gaps) == len(slot.parts):
+            yield name
+        elif gaps:
+            yield f"{name} (parts {', '.join(map(str, gaps))} of {len(slot.parts)})"
+
+
+def _listed(names: list[str], what: str) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+    return f"{len(names)} {what}" + (f" ({shown})" if names else "")
