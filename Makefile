@@ -10,7 +10,7 @@ DEV := $(VENV)/.installed-dev
 TORCH = $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help run dev test lint format types path
+.PHONY: help run dev test soak lint format types path
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -22,6 +22,9 @@ dev: $(DEV) ## the virtual environment with everything that the checks need
 
 test: $(DEV) ## the tests; one file or more: make test ARGS=tests/test_hub.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+soak: $(DEV) ## 10 minutes of load and faults on a server of a tiny model; `make test` runs a shorter form
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.soak $(ARGS)
 
 lint: $(DEV) ## style, formatting, import contracts
 	@$(BIN)/ruff check .

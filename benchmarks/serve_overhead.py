@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,11 +33,12 @@ _HEALTH_EVERY_S = 0.02
 
 @dataclass(frozen=True)
 class Turn:
-    """One repeat of both: tokens per second, and seconds of every /health meanwhile."""
+    """One repeat of both: tokens per second, seconds of every /health meanwhile, CPU time of the server without its engine."""
 
     pipeline_tok_s: float
     server_tok_s: float
     health_s: list[float]
+    server_cpu_s_per_token: float
     client_cpu_share: float
 
 
@@ -76,6 +78,12 @@ async def _watch_health(url: str, waits: list[float]) -> None:
         await asyncio.sleep(_HEALTH_EVERY_S)
 
 
+def cpu_seconds(process: int) -> float:
+    """CPU time that a process has used so far; Linux only."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(args: argparse.Namespace) -> list[Turn]:
     config = TurbomindEngineConfig(
         session_len=2 * (args.prompt_tokens + args.output_tokens),
@@ -97,10 +105,12 @@ def measure(args: argparse.Namespace) -> list[Turn]:
                 if side == "pipeline":
                     rates[side] = pipeline_rate(pipe, asks, endpoint == "chat")
                 else:
+                    cpu = cpu_seconds(served.process.pid)
                     rates[side] = asyncio.run(server_run(target, asks))
+                    cpu = cpu_seconds(served.process.pid) - cpu
             run, waits = rates["server"]
             tokens = sum(trace.output_tokens for trace in run.traces)
-            turn = Turn(rates["pipeline"], tokens / run.duration_s, waits, run.cpu_share)
+            turn = Turn(rates["pipeline"], tokens / run.duration_s, waits, cpu / tokens, run.cpu_share)
             print(
                 f"{number}/{args.repeats}: pipeline {turn.pipeline_tok_s:.1f}, server {turn.server_tok_s:.1f} tok/s, "
                 f"/health p99 {percentile(waits, 99) * 1e3:.1f} ms",
@@ -121,6 +131,7 @@ def figures(turns: list[Turn], args: argparse.Namespace) -> dict[str, Any]:
         "ratios": [round(ratio, 4) for ratio in ratios],
         "health_asked": len(waits),
         **{f"health_p{percent}_ms": round(percentile(waits, percent) * 1e3, 2) for percent in (50, 90, 99)},
+        "server_cpu_us_per_token": round(median(turn.server_cpu_s_per_token for turn in turns) * 1e6),
         "client_cpu_share": round(max(turn.client_cpu_share for turn in turns), 3),
         "model": args.model or "SmolLM2-135M-Instruct, the built-in model",
         **{name: getattr(args, name) for name in ("endpoint", "streams", "prompt_tokens", "output_tokens", "repeats", "dtype")},

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lmdeploy.bench.roofline import measure_read_bandwidth
 from lmdeploy.kernels.cuda import skinny_gemm as sg
@@ -80,7 +79,8 @@ def check(number: int) -> float:
         guarded = torch.full((m + 2, n // 2 if gated else n), float("nan"), device=DEVICE, dtype=out_dtype or dtype)
         sg.skinny_gemm(x, w, out=guarded[1:-1], **arguments)
         torch.cuda.synchronize()
-        assert guarded[0].isnan().all() and guarded[-1].isnan().all(), "wrote outside"
+        assert guarded[0].isnan().all(), "wrote before the result"
+        assert guarded[-1].isnan().all(), "wrote behind the result"
         outs.append(guarded[1:-1])
     assert torch.equal(*outs), "not deterministic"
     error = ((outs[0].double() - expected).norm() / expected.norm()).item()
@@ -184,17 +184,54 @@ def build(w: sg.Weight, m: int, gated: bool, norm: bool, residual: bool, tilings
         return [tiling for tiling, is_fine in zip(tilings, pool.map(one, tilings), strict=True) if is_fine]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS")
-    parser.add_argument("--checks", type=int, default=150)
-    parser.add_argument("--bits", type=int, nargs="*", default=(4, 16))
-    parser.add_argument("--tokens", type=int, nargs="*", help="only these M")
-    args = parser.parse_args()
-    bandwidth = measure_read_bandwidth(DEVICE)
+class Case:
+    """One shape, bit width and number of tokens, with weights enough to exceed the L2 cache."""
+
+    def __init__(self, bits: int, shape: tuple[int, int, int], m: int) -> None:
+        n, k, gated = shape
+        self.bits, self.n, self.k, self.m, self.gated = bits, n, k, m, bool(gated)
+        self.norm, self.residual = n in (6144, 2048, 28672, 17920), n in (4096, 1536)
+        first, _ = make_weight(n, k, bits)
+        count = max(1, -(-_ROTATED_BYTES // first.data.nbytes))
+        self.weights = [first] + [sg.Weight(first.data.clone(), n, k, bits, 128, True) for _ in range(count - 1)]
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits}:{self.n}x{self.k}:{self.m}"
+
+    def measure(self, tiling: sg.Tiling | None = None) -> float:
+        """Microseconds, with the tiling that is chosen by default or another one."""
+        return measure(self.weights, self.m, self.gated, self.norm, self.residual, tiling)
+
+    def measure_cublas(self) -> float:
+        x = torch.randn(self.m, self.k, device=DEVICE).bfloat16()
+        return graph_time_us(lambda: [torch.mm(x, w.data.T) for w in self.weights], len(self.weights))
+
+    def default_tiling(self) -> sg.Tiling:
+        unit = self.weights[0].unit_bytes
+        return sg.choose_tiling(self.n, self.k, self.m, self.bits, unit, self.gated, self.norm and self.m <= 8)
+
+    def tune(self, shortest: float, budget: int) -> tuple[float, sg.Tiling]:
+        """The shortest time and its tiling, of the default one and `budget` random ones."""
+        draw = random.Random(f"{self.bits} {self.n} {self.k} {self.m}")
+        first, best, has_norm = self.weights[0], self.default_tiling(), self.norm and self.m <= 8
+        tried = candidates(self.n, self.k, self.m, first.unit_bytes, self.gated, has_norm, budget, draw)
+        for tiling in build(first, self.m, self.gated, self.norm, self.residual, tried):
+            try:
+                us = self.measure(tiling)
+            except (KernelError, RuntimeError) as error:
+                if "illegal" in str(error):
+                    raise
+                continue
+            if us < shortest * 0.985:
+                shortest, best = us, tiling
+        return shortest, best
+
+
+def run_checks(count: int) -> list[str]:
+    """Check random cases; what is wrong with those that fail."""
     started, errors, failures = time.monotonic(), [], []
-    for number in range(args.checks):
+    for number in range(count):
         try:
             errors.append(check(number))
         except (AssertionError, KernelError, RuntimeError) as error:
@@ -204,55 +241,67 @@ def main() -> None:
     print(f"{len(errors)} checks fine, worst error {max(errors, default=0):.1e}, {time.monotonic() - started:.0f} s")
     for failure in failures[:12]:
         print("BAD", failure)
+    return failures
+
+
+def show(row: dict[str, float]) -> None:
+    values = (f"{name}={value:.2f}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items())
+    print(" ".join(values), flush=True)
+
+
+def write(folder: Path, results: dict[str, object], tilings: dict[str, sg.Tiling]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "skinny_gemm.json").write_text(json.dumps(results))
+    numbers = {
+        name: [
+            t.row_tiles,
+            t.warps_n,
+            t.warps_k,
+            t.stages,
+            t.cluster,
+            t.row_blocks,
+            t.blocks_per_sm,
+            t.x_stages,
+            t.trigger,
+        ]
+        for name, t in tilings.items()
+    }
+    body = ",\n".join(f' "{name}": {json.dumps(values)}' for name, values in numbers.items())
+    (folder / "tilings.json").write_text("{\n" + body + "\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--checks", type=int, default=150)
+    parser.add_argument("--bits", type=int, nargs="*", default=(4, 16))
+    parser.add_argument("--tokens", type=int, nargs="*", help="only these M")
+    args = parser.parse_args()
+    bandwidth = measure_read_bandwidth(DEVICE)
+    failures = run_checks(args.checks)
     if failures and args.tune == 0:
         raise SystemExit(1)
-    rows, tilings = [], {}
-    jobs = [(b, s, m) for b in args.bits for s in (SHAPES + HEADS if b == 16 else SHAPES) for m in TOKENS[b] if not args.tokens or m in args.tokens]
+    rows: list[dict[str, float]] = []
+    tilings: dict[str, sg.Tiling] = {}
+    shapes = [(bits, shape) for bits in args.bits for shape in (SHAPES + HEADS if bits == 16 else SHAPES)]
+    jobs = [(bits, shape, m) for bits, shape in shapes for m in TOKENS[bits] if not args.tokens or m in args.tokens]
     deadline = time.monotonic() + args.tune
-    for index, (bits, (n, k, gated), m) in enumerate(jobs):
-        norm, residual = n in (6144, 2048, 28672, 17920), n in (4096, 1536)
-        first, _ = make_weight(n, k, bits)
-        count = max(1, -(-_ROTATED_BYTES // first.data.nbytes))
-        weights = [first] + [sg.Weight(first.data.clone(), n, k, bits, 128, True) for _ in range(count - 1)]
-        row = {"bits": bits, "n": n, "k": k, "m": m, "us": measure(weights, m, bool(gated), norm, residual, None)}
-        row["floor_us"] = first.data.nbytes / bandwidth * 1e6
-        best = sg.choose_tiling(n, k, m, bits, first.unit_bytes, bool(gated), norm and m <= 8)
-        if args.tune and time.monotonic() < deadline:
-            draw = random.Random(f"{bits} {n} {k} {m}")
-            budget = max(
-                4, int(28 * min(1.0, (deadline - time.monotonic()) / args.tune * len(jobs) / (len(jobs) - index)))
-            )
-            tried = candidates(n, k, m, first.unit_bytes, bool(gated), norm and m <= 8, budget, draw)
-            shortest = row["us"]
-            for tiling in build(first, m, bool(gated), norm, residual, tried):
-                try:
-                    us = measure(weights, m, bool(gated), norm, residual, tiling)
-                except (KernelError, RuntimeError) as error:
-                    if "illegal" in str(error):
-                        raise
-                    continue
-                if us < shortest * 0.985:
-                    shortest, best = us, tiling
-            row["tuned_us"] = shortest
-        if bits == 16:
-            dense, x = weights, torch.randn(m, k, device=DEVICE).bfloat16()
-            row["cublas_us"] = graph_time_us(lambda: [torch.mm(x, w.data.T) for w in dense], count)  # noqa: B023
-        t = best
-        tilings[f"{bits}:{n}x{k}:{m}"] = [
-            t.row_tiles, t.warps_n, t.warps_k, t.stages, t.cluster, t.row_blocks, t.blocks_per_sm, t.x_stages, t.trigger,
-        ]  # fmt: skip
+    for index, job in enumerate(jobs):
+        case = Case(*job)
+        row = {"bits": case.bits, "n": case.n, "k": case.k, "m": case.m, "us": case.measure()}
+        row["floor_us"] = case.weights[0].data.nbytes / bandwidth * 1e6
+        tilings[case.name] = case.default_tiling()
+        left = deadline - time.monotonic()
+        if args.tune and left > 0:
+            budget = max(4, int(28 * min(1.0, left / args.tune * len(jobs) / (len(jobs) - index))))
+            row["tuned_us"], tilings[case.name] = case.tune(row["us"], budget)
+        if case.bits == 16:
+            row["cublas_us"] = case.measure_cublas()
         rows.append(row)
-        print(
-            " ".join(
-                f"{name}={value:.2f}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items()
-            ),
-            flush=True,
-        )
-        del weights
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "skinny_gemm.json").write_text(json.dumps({"bandwidth": bandwidth, "rows": rows, "failures": failures}))
-    body = ",\n".join(f' "{name}": {json.dumps(values)}' for name, values in tilings.items())
-    (args.out / "tilings.json").write_text("{\n" + body + "\n}\n")
+        show(row)
+        del case  # its memory, before the next one's
+    write(args.out, {"bandwidth": bandwidth, "rows": rows, "failures": failures}, tilings)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from lmdeploy.api import Pipeline, pipeline
     from lmdeploy.chat_template.config import ChatTemplateConfig
-    from lmdeploy.messages import (
-        GenerationConfig,
-        Response,
-        TurbomindEngineConfig,
-        VisionConfig,
-    )
+    from lmdeploy.messages import GenerationConfig, Response, TurbomindEngineConfig, VisionConfig
     from lmdeploy.pytorch_config import PytorchEngineConfig
     from lmdeploy.serve.launch import client, serve
     from lmdeploy.tokenizer import Tokenizer

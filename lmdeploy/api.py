@@ -17,17 +17,12 @@ from lmdeploy.async_engine import AsyncEngine, Prompt, check_prompt, open_engine
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.errors import ConfigError, EngineDead, InvalidParameter
 from lmdeploy.logging import get_logger
-from lmdeploy.messages import (
-    GenerationConfig,
-    PublicConfig,
-    Response,
-    SpeculativeConfig,
-    TurbomindEngineConfig,
-)
+from lmdeploy.messages import GenerationConfig, PublicConfig, Response, TurbomindEngineConfig
 from lmdeploy.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lmdeploy.chat_template.config import ChatTemplateConfig
+    from lmdeploy.messages import SpeculativeConfig
     from lmdeploy.session import Session
 
 GenConfigs = GenerationConfig | Sequence[GenerationConfig | None] | None

@@ -34,17 +34,9 @@ def device_memory_bytes() -> int | None:
     text = os.environ.get("LMDEPLOY_DEVICE_MEMORY", "").strip()
     if not text:
         return None
-    from lmdeploy.errors import ConfigError
+    from lmdeploy.env_values import size_bytes
 
-    units = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "mb": 10**6, "gb": 10**9}
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    try:
-        size = int(float(digits) * units[text[len(digits) :].strip().lower()])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise ConfigError(f"LMDEPLOY_DEVICE_MEMORY={text!r} is not a size; write for example 40960MiB")
-    return size
+    return size_bytes("LMDEPLOY_DEVICE_MEMORY", text)
 
 
 def log_level() -> str | None:
@@ -91,12 +83,6 @@ def heart_beat_expiration_s() -> float:
 def _seconds(name: str, text: str | None) -> float | None:
     if not text:
         return None
-    from lmdeploy.errors import ConfigError
+    from lmdeploy.env_values import seconds
 
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise ConfigError(f"{name}={text!r}: give a number of seconds above 0")
-    return seconds
+    return seconds(name, text)

@@ -61,11 +61,7 @@ def effective_config(config: GenerationConfig | None, defaults: GenerationConfig
 
 
 def sampling_params(
-    config: GenerationConfig,
-    tokenizer: Tokenizer,
-    *,
-    end_token_ids: Iterable[int],
-    max_new_tokens: int,
+    config: GenerationConfig, tokenizer: Tokenizer, *, end_token_ids: Iterable[int], max_new_tokens: int
 ) -> SamplingParams:
     """Translate an effective config. Raises InvalidParameter for what is not supported.
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO
 
 from lmdeploy import env
 
 _FORMAT = "%(asctime)s - lmdeploy - %(levelname)s - %(message)s"
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error now: notebooks, tests and redirect_stderr replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def get_logger() -> logging.Logger:
@@ -15,7 +24,7 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger("lmdeploy")
     if not logger.handlers:
         logger.propagate = False
-        handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+        handlers: list[logging.Handler] = [_StandardError()]
         if path := env.log_file():
             handlers.append(logging.FileHandler(path, encoding="utf-8"))
         for handler in handlers:

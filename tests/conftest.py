@@ -28,14 +28,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs an NVIDIA GPU")
 
 
-@pytest.fixture(autouse=True)
-def fresh_log() -> None:
-    """The package's log goes to the standard error of this test, not to that of the first one that logged."""
-    from lmdeploy.logging import get_logger
-
-    get_logger().handlers.clear()
-
-
 @pytest.fixture(scope="session")
 def builtin_model() -> Path:
     """The built-in model's GGUF file, from the user's cache; fetched once if it is not there."""

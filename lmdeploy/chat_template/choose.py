@@ -36,10 +36,7 @@ class UnknownTemplate(ChatTemplate):
 
 
 def choose_chat_template(
-    path: str | Path,
-    tokenizer: Tokenizer,
-    hf_config: Mapping[str, Any],
-    config: ChatTemplateConfig | str | None = None,
+    path: str | Path, tokenizer: Tokenizer, hf_config: Mapping[str, Any], config: ChatTemplateConfig | str | None = None
 ) -> ChatTemplate:
     """The template of a model.
 

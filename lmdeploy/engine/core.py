@@ -122,11 +122,13 @@ class Engine:
     def _plan_memory(
         model: CausalLM, config: EngineConfig, device: torch.device, max_batch_size: int, max_tokens: int
     ) -> MemoryPlan:
-        copies = (0, 0)
+        copies, buffer_bytes = (0, 0), 0
+        session_len = config.session_len or model.config.session_len
         if device.type == "cuda":
-            from lmdeploy.engine.warm_up import copy_bytes, largest_copy_bytes
+            from lmdeploy.engine.warm_up import buffer_bytes_of, copy_bytes, largest_copy_bytes
 
             copies = copy_bytes(model), largest_copy_bytes(model)
+            buffer_bytes = buffer_bytes_of(model, max_batch_size, session_len)
             torch.cuda.empty_cache()
         return plan_memory(
             model.config,
@@ -135,9 +137,10 @@ class Engine:
             dtype=model.dtype,
             weight_bytes=model.num_bytes(),
             copy_bytes=copies,
+            buffer_bytes=buffer_bytes,
             max_batch_size=max_batch_size,
             max_tokens_per_step=max_tokens,
-            session_len=config.session_len or model.config.session_len,
+            session_len=session_len,
         )
 
     @property

@@ -68,6 +68,7 @@ def plan_memory(
     max_tokens_per_step: int,
     session_len: int,
     copy_bytes: tuple[int, int] = (0, 0),
+    buffer_bytes: int = 0,
 ) -> MemoryPlan:
     """Size the block pool after the weights have been loaded.
 
@@ -76,7 +77,7 @@ def plan_memory(
     blocks is a ConfigError with the numbers.
     """
     total, free = device_memory(device)
-    activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size)
+    activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size) + buffer_bytes
     block_bytes = config.block_size * kv_bytes_per_token(model, dtype, config.quant_policy)
     available = max(free - activations, 0)
     copies, largest_copy = copy_bytes

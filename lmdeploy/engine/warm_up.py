@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lmdeploy.engine.runner import Runner
+from lmdeploy.kernels import decode_buffer_bytes, has_gpu_kernels
 from lmdeploy.layers.linear import Linear
 from lmdeploy.logging import get_logger
 from lmdeploy.models.base import CausalLM
@@ -21,6 +22,14 @@ def copy_bytes(model: CausalLM) -> int:
 def largest_copy_bytes(model: CausalLM) -> int:
     """What the copy of one weight takes while a step uses it."""
     return max((method.copy_bytes for method in _copied_methods(model)), default=0)
+
+
+def buffer_bytes_of(model: CausalLM, max_batch_size: int, session_len: int) -> int:
+    """What decode attention keeps beside the cache."""
+    config = model.config
+    if not has_gpu_kernels() or model.dtype == torch.float32:
+        return 0
+    return decode_buffer_bytes(max_batch_size, session_len, config.num_heads, config.head_dim)
 
 
 def keep_copies(model: CausalLM) -> None:

@@ -189,10 +189,13 @@ def latent_store_attend(
     spec: AttentionSpec,
 ) -> Tensor:
     """Multi-head latent attention over its compressed cache. Arguments and result as in the reference."""
-    if runs_on_gpu(q) and ctx.decode_buffers is not None:
+    if ctx.decode_buffers is not None and _may_try("latent_store_attend", q):
         from lmdeploy.kernels.triton import step
 
-        return step.latent_store_attend(q, latent, rope_key, cos, sin, cache, ctx, spec)
+        try:
+            return step.latent_store_attend(q, latent, rope_key, cos, sin, cache, ctx, spec)
+        except Exception as error:
+            _give_up("latent_store_attend", error)
     return attention.latent_store_attend(q, latent, rope_key, cos, sin, cache, ctx, spec)
 
 
@@ -208,8 +211,29 @@ def routed_mlp(
     clamp: float | None = None,
 ) -> Tensor:
     """Weighted sum of the gated MLPs that each token is routed to. Arguments and result as in the reference."""
-    if runs_on_gpu(x):
+    from lmdeploy.kernels.reference import moe as reference
+
+    arguments = (x, weights, experts, gate_up, down, activation, gate_up_bias, down_bias, clamp)
+    if _may_try("routed_mlp", x):
         from lmdeploy.kernels.triton import moe
-    else:
-        from lmdeploy.kernels.reference import moe  # type: ignore[no-redef]
-    return moe.routed_mlp(x, weights, experts, gate_up, down, activation, gate_up_bias, down_bias, clamp)
+
+        try:
+            return moe.routed_mlp(*arguments)
+        except Exception as error:
+            _give_up("routed_mlp", error)
+    return reference.routed_mlp(*arguments)
+
+
+_given_up: set[str] = set()
+
+
+def _may_try(name: str, x: Tensor) -> bool:
+    return name not in _given_up and runs_on_gpu(x)
+
+
+def _give_up(name: str, error: Exception) -> None:
+    """A kernel that this GPU or this Triton cannot build: its twin runs from now on."""
+    from lmdeploy.logging import get_logger
+
+    _given_up.add(name)
+    get_logger().warning("%s runs in plain PyTorch: %s: %s", name, type(error).__name__, str(error)[:300])

@@ -5,7 +5,7 @@ Whatever the format, a tensor is dense, affine or scaled; whatever the layout, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,10 @@ def weight_files(path: Path) -> list[Path]:
         found = sorted(file for file in path.glob(pattern) if not file.name.startswith(("consolidated", "adapter_")))
         if found:
             return found
+    from lmdeploy.models.misfit import list_folder
+
     raise CheckpointError(
-        f"{path} has no model*.safetensors and no pytorch_model*.bin (it has: {_listing(path)}); download the weights, or "
+        f"{path} has no model*.safetensors and no pytorch_model*.bin (it has: {list_folder(path)}); download the weights, or "
         "convert them to safetensors"
     )
 
@@ -93,13 +95,3 @@ def _opener(file: Path) -> Callable[[Path], TensorSource]:
     from lmdeploy.models.gguf_weights import GGUFFile
 
     return GGUFFile
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return first_names(names) if names else "nothing"
-
-
-def first_names(names: Sequence[str], limit: int = 8) -> str:
-    """The first names of a list, for a message."""
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

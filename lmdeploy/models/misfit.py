@@ -1,8 +1,9 @@
-"""What to tell a user whose checkpoint does not fit the model. It judges nothing."""
+"""What to tell a user whose checkpoint is incomplete or does not fit the model. It judges nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,5 +32,15 @@ def _unfilled(slots: dict[str, Slot]) -> Iterator[str]:
 
 
 def _listed(names: list[str], what: str) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
-    return f"{len(names)} {what}" + (f" ({shown})" if names else "")
+    return f"{len(names)} {what}" + (f" ({first_names(names)})" if names else "")
+
+
+def list_folder(folder: Path) -> str:
+    """What is in a folder, for a message."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    return first_names(names) if names else "nothing"
+
+
+def first_names(names: Sequence[str], limit: int = _NAMES_SHOWN) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.models.checkpoint import first_names
+from lmdeploy.models.misfit import first_names
 
 
 def indexed_files(index: Path) -> list[Path]:

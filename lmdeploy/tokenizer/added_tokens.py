@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.local_file import read_json
 from lmdeploy.logging import get_logger
 from lmdeploy.tokenizer.settings import NAMED_TOKENS, spelling
-from lmdeploy.tokenizer.vocabulary import AddedToken
 
-if TYPE_CHECKING:
-    import tokenizers
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beside the trained vocabulary, found in text before anything else is split.
+
+    special: it steers the model and is no part of an answer's text. lstrip, rstrip: it swallows the white space before,
+    after it.
+    """
+
+    id: int
+    text: str
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    single_word: bool = False
+
+    @property
+    def is_found_in_text(self) -> bool:
+        """False for a plain word: ChatGLM's `sop` is a token, but must not be cut out of `philosophy`."""
+        return not self.text.isalpha()
 
 
 def _extra_special(*files: Mapping[str, Any]) -> set[str]:

@@ -15,9 +15,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.tokenizer import patterns
+from lmdeploy.tokenizer.added_tokens import AddedToken
 from lmdeploy.tokenizer.huggingface import HuggingFaceVocabulary
 from lmdeploy.tokenizer.settings import TokenizerSettings
-from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
+from lmdeploy.tokenizer.vocabulary import Vocabulary
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _PREFIX = "tokenizer.ggml."

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
+from lmdeploy.tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from lmdeploy.tokenizer.added_tokens import AddedToken
 
 
 class HuggingFaceVocabulary(Vocabulary):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmdeploy.tokenizer import tiktoken_file
+from lmdeploy.tokenizer.added_tokens import AddedToken
 from lmdeploy.tokenizer.settings import TokenizerSettings
-from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
+from lmdeploy.tokenizer.vocabulary import Vocabulary
 
 # ChatGLM2 and 3 number these after the pieces of their SentencePiece model; their files do not list them.
 _CHATGLM_MARKS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")

@@ -13,7 +13,8 @@ from pathlib import Path
 import sentencepiece
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
+from lmdeploy.tokenizer.added_tokens import AddedToken
+from lmdeploy.tokenizer.vocabulary import Vocabulary
 
 _ADD_DUMMY_PREFIX = b"\x18"  # tag of the normalizer's field 3, a bool
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmdeploy.local_file import read_json
 
 if TYPE_CHECKING:
-    from lmdeploy.tokenizer.vocabulary import AddedToken
+    from lmdeploy.tokenizer.added_tokens import AddedToken
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Slow classes of transformers whose `legacy` flag decides where the leading space goes.

@@ -17,7 +17,8 @@ import tiktoken
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.tokenizer import patterns
-from lmdeploy.tokenizer.vocabulary import AddedToken, Vocabulary
+from lmdeploy.tokenizer.added_tokens import AddedToken
+from lmdeploy.tokenizer.vocabulary import Vocabulary
 
 _SLICE_CHARS = 25_000
 

@@ -1,32 +1,9 @@
-"""What every kind of vocabulary offers, and the token a file may add to one. It knows no file format."""
+"""What every kind of vocabulary offers. It knows no file format."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token beside the trained vocabulary, found in text before anything else is split.
-
-    special: it steers the model and is no part of an answer's text. lstrip, rstrip: it swallows the white space before,
-    after it.
-    """
-
-    id: int
-    text: str
-    special: bool = True
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = False
-    single_word: bool = False
-
-    @property
-    def is_found_in_text(self) -> bool:
-        """False for a plain word: ChatGLM's `sop` is a token, but must not be cut out of `philosophy`."""
-        return not self.text.isalpha()
 
 
 class Vocabulary(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def internlm2(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     )  # fmt: skip
 
 
-def plan(model: ModelConfig, share: float | None, weights: int, **changes: int) -> MemoryPlan:
-    numbers = {"max_batch_size": 1, "max_tokens_per_step": 8192, "session_len": 32768, **changes}
+def plan(model: ModelConfig, share: float | None, weights: int, **changes: Any) -> MemoryPlan:
+    numbers: dict[str, Any] = {"max_batch_size": 1, "max_tokens_per_step": 8192, "session_len": 32768, **changes}
     return plan_memory(
         model,
         EngineConfig(cache_max_entry_count=share),
@@ -80,6 +81,22 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     see(monkeypatch, 4000 * MIB, WEIGHTS)
     with pytest.raises(ConfigError, match=r"397 MiB are free after 3,603 MiB of weights"):
         plan(internlm2, share, WEIGHTS)
+
+
+@pytest.mark.parametrize(("share", "is_kept"), [(0.8, True), (0.5, True), (0.01, False), (100, True), (None, True)])
+def test_copies_of_quantized_weights_take_a_part_of_the_pool_or_are_made_for_each_step(
+    internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch, share: float | None, is_kept: bool
+) -> None:
+    see(monkeypatch, 40960 * MIB, WEIGHTS_4BIT)
+    copies, largest = 2880 * MIB, 64 * MIB
+    without = plan(internlm2, share, WEIGHTS_4BIT)
+    with_copies = plan(internlm2, share, WEIGHTS_4BIT, copy_bytes=(copies, largest), buffer_bytes=100 * MIB)
+    assert with_copies.copy_bytes == (copies if is_kept else 0)
+    taken = 100 * MIB + (copies if is_kept else largest)
+    free = 40960 * MIB - WEIGHTS_4BIT - without.activation_bytes - taken
+    if share is not None and share < 1:
+        assert with_copies.num_blocks == int(free * share) // with_copies.block_bytes
+    assert ("16-bit copies of weights", "2,880 MiB") in with_copies.rows() or not is_kept
 
 
 def test_a_limit_below_what_is_used_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,12 @@ def supports(spec: AttentionSpec, keys: Blocks, values: Blocks) -> bool:
     """Whether this kernel computes such a layer: no window, cap, bias or sink, and heads of a size that it knows."""
     is_plain = spec.window is None and spec.softcap is None and spec.alibi_slopes is None and spec.sinks is None
     forms = _form(keys), _form(values)
-    if not is_plain or None in forms or spec.head_dim != spec.value_dim or (_PLAIN in forms and forms != (_PLAIN, _PLAIN)):
+    if (
+        not is_plain
+        or None in forms
+        or spec.head_dim != spec.value_dim
+        or (_PLAIN in forms and forms != (_PLAIN, _PLAIN))
+    ):
         return False
     codes = keys if isinstance(keys, Tensor) else keys.codes
     has_size = all(spec.head_dim in _DIMS[form] for form in forms if form is not None)
