@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lmdeploy.bench.timeline import random_prompt
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.core import Engine
 from lmdeploy.engine.request import Request, SamplingParams
+from lmdeploy.engine.runner import PendingStep
 
 _DECODE_TOKENS = 16
 _ROWS = 25
@@ -32,10 +34,42 @@ def profile_engine(path: Path, config: EngineConfig, prompt_tokens: int, batch_s
         _submit(engine, "decode", prompt_tokens, batch_size, _DECODE_TOKENS + 1)
         _run(engine, num_started=batch_size)
         decode = _table(lambda: _run(engine))
+        host = _host_time(engine, prompt_tokens, batch_size) if engine.device.type == "cuda" else ""
     finally:
         engine.close()
     what = f"{batch_size} x {prompt_tokens} prompt tokens"
-    return f"prefill of {what}\n{prefill}\ndecode of {batch_size} x {_DECODE_TOKENS} tokens after that\n{decode}"
+    return f"prefill of {what}\n{prefill}\ndecode of {batch_size} x {_DECODE_TOKENS} tokens after that\n{decode}{host}"
+
+
+def _host_time(engine: Engine, prompt_tokens: int, batch_size: int) -> str:
+    """What the host does in a decode step, outside the profiler: the step's time without waiting for the device."""
+    _submit(engine, "host", prompt_tokens, batch_size, 2 * _DECODE_TOKENS)
+    _run(engine, num_started=batch_size)
+    seconds = host_step_s(engine, _DECODE_TOKENS)
+    _run(engine)
+    return f"\nhost time of a decode step of {batch_size}: {seconds * 1e6:.0f} us"
+
+
+def host_step_s(engine: Engine, steps: int) -> float:
+    """Mean seconds of a step, those spent waiting for its tokens left out."""
+    waited = 0.0
+    wait = PendingStep.wait
+
+    def timed_wait(pending: PendingStep) -> list[int | None]:
+        nonlocal waited
+        started = time.perf_counter()
+        tokens = wait(pending)
+        waited += time.perf_counter() - started
+        return tokens
+
+    PendingStep.wait = timed_wait  # type: ignore[method-assign]
+    try:
+        started = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        return (time.perf_counter() - started - waited) / steps
+    finally:
+        PendingStep.wait = wait  # type: ignore[method-assign]
 
 
 def _submit(engine: Engine, name: str, prompt_tokens: int, count: int, output_tokens: int) -> None:

@@ -213,4 +213,18 @@ def _kernels() -> dict[str, str]:
         on_cpu = f"compiled for {cpu.instruction_set()}"
     else:
         on_cpu = "PyTorch (the compiled kernels cannot be built here; see the warning above)"
-    return {"on the CPU": on_cpu}
+    return {"on the CPU": on_cpu, **_gpu_kernels()}
+
+
+def _gpu_kernels() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    from lmdeploy.kernels import has_gpu_kernels
+    from lmdeploy.kernels.cuda.skinny_gemm import arch, is_available
+
+    if not has_gpu_kernels():
+        return {"on the GPU": "PyTorch (Triton and a GPU of compute capability 8.0 or newer are needed)"}
+    cuda = f"CUDA C++ for {arch()}" if is_available() else "no CUDA C++ (NVRTC cannot compile; see the warning above)"
+    return {"on the GPU": f"Triton, {cuda}"}

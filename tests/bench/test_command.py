@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
+from lmdeploy.bench.profiling import host_step_s
+from lmdeploy.bench.shapes import SHAPES
 from lmdeploy.cli import main
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.core import Engine
+from lmdeploy.engine.request import Request, SamplingParams
+from lmdeploy.engine.runner import PendingStep
 from tests.tiny_model import make_tiny_llama
 
 SMALL = ("--batch-size", "3", "--prompt-tokens", "20", "--output-tokens", "6", "--repeats", "1")
@@ -17,6 +24,25 @@ KEYS = {"decode_tok_s", "prefill_tok_s", "batch_tok_s", "floor_tok_s", "load_s",
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def test_a_shape_by_name_gets_random_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {**SHAPES["internlm2-7b"], "num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 256}
+    monkeypatch.setitem(
+        SHAPES, "tiny-shape", {**small, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    )
+    assert main.main(["bench", "latency", "tiny-shape", "--quant", "awq", "--kv", "int8", "--json", *SMALL]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["load_format"] == "dummy"
+    assert figures["kv_bytes_per_token"] == 2 * 2 * (64 + 4)
+
+
+@pytest.mark.parametrize("words", [["llama3-8b", "--preset", "h100-table"], ["internlm2-7b", "--preset", "h100-table"]])
+def test_the_preset_says_what_it_needs(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["bench", "latency", *words]) == 1
+    assert "--preset h100-table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
@@ -59,6 +85,23 @@ def test_random_weights_from_a_config_alone(tiny: Path, tmp_path: Path, capsys: 
     assert json.loads(capsys.readouterr().out)["load_format"] == "dummy"
     assert main.main(["bench", "latency", str(tmp_path), "--json", *SMALL]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_host_time_leaves_out_the_wait_for_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
+    wait = PendingStep.wait
+
+    def slow_wait(pending: PendingStep) -> list[int | None]:
+        time.sleep(0.05)
+        return wait(pending)
+
+    monkeypatch.setattr(PendingStep, "wait", slow_wait)
+    engine.add(Request("r", [1, 2, 3], SamplingParams(max_new_tokens=20)))
+    try:
+        assert 0 < host_step_s(engine, 5) < 0.05
+    finally:
+        engine.close()
+    assert PendingStep.wait is slow_wait
 
 
 def test_profile(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,20 @@ def test_the_requests_of_lm_eval(case: Case, batch_size: int) -> None:
     check_equal(scores, case.expected)
 
 
+def test_an_end_token_has_its_score(case: Case) -> None:
+    """Harnesses drop the last score as that of the answer, whatever token that is."""
+    ids = encoder(case.engine)("The river runs")
+    for token in (case.engine.tokenizer.eos_token_id, ids[0]):
+        payload = {"model": "tiny", "prompt": [ids], "max_tokens": 1, "logprobs": 1, "echo": True}
+        answer = httpx2.post(
+            f"{case.url}/v1/completions", json={**payload, "logit_bias": {str(token): 100}}, headers=HEADERS, timeout=60
+        ).json()
+        (choice,) = answer["choices"]
+        assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1
+        assert choice["text"].startswith("The river runs")
+        assert answer["usage"]["completion_tokens"] == 1
+
+
 @pytest.mark.parametrize(("batch_size", "num_concurrent"), [(1, 1), (4, 2)])
 def test_lm_eval_itself(case: Case, batch_size: int, num_concurrent: int) -> None:
     for name in ("aiohttp", "tenacity"):

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -70,6 +71,9 @@ class _Answer:
             return_ppl=body.echo and body.logprobs is not None,
             response_format=None if body.response_format is None else body.response_format.form(),
         )
+        if config.return_ppl and config.max_new_tokens == 1:
+            # Harnesses take the last of the scores for the answer's; an end token, which is not shown, has to have one too.
+            config = replace(config, ignore_eos=True)
         self._service = service
         self._tokenizer = service.engine.tokenizer
         self._body = body
