@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmdeploy.chat_template.base import Message
 from lmdeploy.errors import InvalidParameter
 
 _NO_VISION = "{}: vision models are not supported yet, give text only"
@@ -28,7 +27,7 @@ def check_form(prompt: object) -> None:
                 raise InvalidParameter(_NO_VISION.format(f"a message holds a part of type {kind!r}"))
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copies of the messages with a string or None as content; raises InvalidParameter naming the first that is wrong.
 
     Text parts are joined by line breaks. Parts of another type stay, for the templates of vision-language models.
@@ -38,7 +37,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return [_check_message(i, message) for i, message in enumerate(messages)]
 
 
-def _check_message(index: int, message: Any) -> Message:
+def _check_message(index: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidParameter(f"messages[{index}]={message!r}: a message is a mapping with a role and a content")
     content = message.get("content")

@@ -36,7 +36,6 @@ class CausalLM(nn.Module):
     """
 
     weight_map: ClassVar[WeightMap]
-    # How the family's config.json departs from the usual one: its own keys' usual names, and values of absent ones.
     config_keys: ClassVar[Mapping[str, str]] = {}
     config_defaults: ClassVar[Mapping[str, Any]] = {}
 

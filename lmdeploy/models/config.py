@@ -12,7 +12,7 @@ from lmdeploy.local_file import read_json
 from lmdeploy.models.rope_config import RopeConfig, positive_number, read_rope
 
 if TYPE_CHECKING:
-    from lmdeploy.models.base import CausalLM
+    from lmdeploy.models.config_dialect import ConfigDialect
     from lmdeploy.models.moe_config import MLAConfig, MoEConfig
 
 __all__ = ["ModelConfig", "RopeConfig", "load_config"]
@@ -80,7 +80,7 @@ class ModelConfig:
     quantization: Mapping[str, Any] | None = None
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], dialect: type[CausalLM] | None = None) -> ModelConfig:
+    def from_hf(cls, hf: Mapping[str, Any], dialect: type[ConfigDialect] | None = None) -> ModelConfig:
         """Read the content of a config.json of either generation of Hugging Face configs.
 
         dialect: the family's model class; looked up by architecture if None. Raises ModelNotSupported for an unknown
@@ -175,7 +175,7 @@ def find_architecture(hf: Mapping[str, Any]) -> str:
     return architecture_of(hf.get("model_type"))
 
 
-def usual_names(hf: Mapping[str, Any], dialect: type[CausalLM]) -> dict[str, Any]:
+def usual_names(hf: Mapping[str, Any], dialect: type[ConfigDialect]) -> dict[str, Any]:
     """hf with the family's own keys under their usual names, and the family's defaults for absent ones."""
     usual = dict(hf)
     for own, name in dialect.config_keys.items():

@@ -113,16 +113,24 @@ def _blocks(device: torch.device, per_sm: int) -> int:
     return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def macros_of(
+    dim: int, group: int, kv_heads: int, block_size: int, k_form: int, v_form: int, is_half: bool, out_half: bool,
+    piece: int, shape: Shape,
+) -> dict[str, object]:  # fmt: skip
+    """The macros of decode_attention.cu."""
+    return {
+        "D": dim, "GROUP": group, "KV_HEADS": kv_heads, "S": block_size, "KF": k_form, "VF": v_form,
+        "FP16": int(is_half), "OUT_FP16": int(out_half), "PIECE": piece, "PIECE_SCALE": f"{piece**-0.5!r}f",
+        "WARPS": shape.warps, "STAGES": shape.stages, "MINB": shape.blocks_per_sm,
+    }  # fmt: skip
+
+
 @functools.cache
 def _kernel(
     dim: int, group: int, kv_heads: int, block_size: int, k_form: int, v_form: int, is_half: bool, out_half: bool,
     piece: int, shape: Shape,
 ) -> Kernel:  # fmt: skip
-    macros = {
-        "D": dim, "GROUP": group, "KV_HEADS": kv_heads, "S": block_size, "KF": k_form, "VF": v_form,
-        "FP16": int(is_half), "OUT_FP16": int(out_half), "PIECE": piece, "PIECE_SCALE": f"{piece**-0.5!r}f",
-        "WARPS": shape.warps, "STAGES": shape.stages, "MINB": shape.blocks_per_sm,
-    }  # fmt: skip
+    macros = macros_of(dim, group, kv_heads, block_size, k_form, v_form, is_half, out_half, piece, shape)
     rows = [(2 * dim, dim, dim // 2)[form] for form in (k_form, v_form)]
     k_pitch = rows[0] + (16 if k_form == _PLAIN else 64 if k_form == _INT8 and dim % 128 == 0 else 0)
     stage = 16 * k_pitch + 16 * (rows[1] + 16) + (128 if k_form or v_form else 0)

@@ -54,8 +54,12 @@ def _source(name: str) -> str:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    found = _find()
     try:
-        return ctypes.CDLL(_find())
+        # NVRTC opens its built-ins by name; loaded before, they are found wherever they lie.
+        for builtins in Path(found).parent.glob("libnvrtc-builtins.so.*") if "/" in found else ():
+            ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(found)
     except OSError as error:
         raise KernelError(f"NVRTC cannot be loaded: {error}") from None
 
