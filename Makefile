@@ -22,6 +22,8 @@ dev: $(DEV) ## the virtual environment with everything that the checks need
 
 test: $(DEV) ## the tests; one file or more: make test ARGS=tests/test_hub.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	@# Whether Triton interprets is settled at its first import, so its kernels' tests run by themselves.
+	@$(if $(ARGS),,[ "$$(uname -s)" != Linux ] || TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/kernels/triton)
 
 soak: $(DEV) ## 10 minutes of load and faults on a server of a tiny model; `make test` runs a shorter form
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.soak $(ARGS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdeploy.engine.request import SamplingParams
-from lmdeploy.errors import InvalidParameter
+from lmdeploy.errors import CheckpointError, InvalidParameter
 from lmdeploy.local_file import read_json
 from lmdeploy.logging import get_logger
 from lmdeploy.messages import GenerationConfig
@@ -30,7 +30,10 @@ _NOT_SUPPORTED = (
 
 def read_defaults(path: Path, fallback: GenerationConfig) -> GenerationConfig:
     """`fallback`, under the sampling settings of the model's generation_config.json if that says do_sample."""
-    values = read_json(path / "generation_config.json")  # which a GGUF file has not
+    try:
+        values = read_json(path / "generation_config.json")  # which a GGUF file has not
+    except CheckpointError:
+        return fallback
     if not values.get("do_sample"):
         return fallback
     names = (*_SAMPLING_DEFAULTS, "repetition_penalty")

@@ -62,7 +62,7 @@ def host_step_s(engine: Engine, steps: int) -> float:
         waited += time.perf_counter() - started
         return tokens
 
-    PendingStep.wait = timed_wait  # type: ignore[method-assign]
+    PendingStep.wait = timed_wait  # type: ignore[method-assign, assignment]
     try:
         started = time.perf_counter()
         for _ in range(steps):

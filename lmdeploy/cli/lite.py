@@ -242,6 +242,7 @@ def _run_kv_qparams(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from lmdeploy.lite.kv_qparams import KvSettings, write_kv_scales
+    from lmdeploy.workspace import CONFIG
 
     folders = [args.work_dir_option, args.turbomind_dir_option]
     given = [name for name in (args.work_dir, args.turbomind_dir) if name is not None]
@@ -253,6 +254,8 @@ def _run_kv_qparams(args: argparse.Namespace) -> int:
     work_dir, turbomind_dir = map(Path, folders)
     files = write_kv_scales(KvSettings(work_dir, turbomind_dir, args.kv_bits, args.kv_sym, args.num_tp))
     tell(f"{len(files)} files of KV scales written to {turbomind_dir}")
+    if not (turbomind_dir / CONFIG).exists():
+        tell(f"nothing reads them there: {turbomind_dir} has no {CONFIG}, as WORKSPACE/triton_models/weights has")
     return 0
 
 
@@ -262,12 +265,14 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
     from lmdeploy import hub
     from lmdeploy.lite.bar import progress_bar
-    from lmdeploy.lite.calibration_data import NotAvailable, first_windows, read_texts
+    from lmdeploy.lite.calibration_data import SELF, NotAvailable, first_windows, read_texts
     from lmdeploy.lite.compare import compare_models, num_steps
     from lmdeploy.lite.report import format_quality, quality
     from lmdeploy.lite.stream import LayerStream
     from lmdeploy.tokenizer import Tokenizer
 
+    if args.dataset == SELF:
+        raise ConfigError("--dataset self: models are compared on a text of others; give a file or a named set")
     first, second = (
         hub.resolve(m, revision=args.revision, download_dir=args.download_dir) for m in (args.model, args.other)
     )

@@ -22,10 +22,12 @@ from lmdeploy.engine.runner import PendingStep, Runner
 from lmdeploy.engine.sampler import INVALID_TOKEN
 from lmdeploy.engine.scheduler import Scheduler
 from lmdeploy.engine.state import RequestState
+from lmdeploy.engine.step_times import StepTimes
 from lmdeploy.engine.validation import EngineInfo, check_request
 from lmdeploy.errors import ConfigError, InvalidGrammar, InvalidParameter, RequestError
 from lmdeploy.kernels import has_gpu_kernels
 from lmdeploy.layers.context import KVCache
+from lmdeploy.logging import get_logger
 from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.loader import load_model
@@ -54,7 +56,9 @@ class Engine:
         model = self.load_model()
         self.model_config = model.config
         max_batch_size = config.max_batch_size or _MAX_BATCH_SIZE[device.type]
-        max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP[device.type]
+        self._has_gpu_kernels = device.type == "cuda" and has_gpu_kernels() and model.dtype != torch.float32
+        # Twins hold the scores of all new tokens and their context at once, on a GPU as well.
+        max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP["cuda" if self._has_gpu_kernels else "cpu"]
         max_tokens = max(max_tokens, max_batch_size)
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
         self._max_batch_size = max_batch_size
@@ -83,6 +87,7 @@ class Engine:
         self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
         self._in_flight: deque[PendingStep] = deque()
         self._states: dict[str, RequestState] = {}
+        self.times = StepTimes()
 
     def load_model(self) -> CausalLM:
         """The model at `path`, with the engine's settings."""
@@ -107,16 +112,25 @@ class Engine:
             keep_copies(model)
         cache = _make_cache(model, plan, self.config.quant_policy, device)
         self.runner = Runner(model, cache, self._max_batch_size, plan.session_len)
-        if device.type == "cuda" and has_gpu_kernels() and not self.config.eager_mode:
+        if self._has_gpu_kernels and not self.config.eager_mode:
             from lmdeploy.engine.warm_up import start_graphs
 
             start_graphs(self.runner, self._max_batch_size, plan.session_len)
+        if device.type == "cuda":
+            gc.collect()
+            gc.freeze()  # a collection that walks all that a model is made of is longer than a step
 
     def drop_runner(self) -> CausalLM:
         """Let go of the runner and its cache; the model that it ran."""
+        self._thaw()
         model = self.runner.model
         del self.runner
         return model
+
+    def _thaw(self) -> None:
+        """Let a collection find what `start_runner` froze."""
+        if self.device.type == "cuda":
+            gc.unfreeze()
 
     @staticmethod
     def _plan_memory(
@@ -142,6 +156,11 @@ class Engine:
             max_tokens_per_step=max_tokens,
             session_len=session_len,
         )
+
+    def enter_thread(self) -> None:
+        """Called by the thread that runs the steps: each thread of a process has a GPU of its own that it works on."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @property
     def has_work(self) -> bool:
@@ -185,6 +204,8 @@ class Engine:
         if len(self._in_flight) < self._max_steps_in_flight:
             plan = self.scheduler.schedule()
             if plan is not None:
+                if not self._in_flight:
+                    self.times.begin()
                 self._in_flight.append(self.runner.execute(plan))
                 if len(self._in_flight) < self._max_steps_in_flight:
                     return []
@@ -196,7 +217,11 @@ class Engine:
         missing = graphs.missing() if graphs is not None else []
         if graphs is None or not missing:
             return False
-        graphs.capture(*missing[0])
+        try:
+            graphs.capture(*missing[0])
+        except RuntimeError as error:
+            graphs.capture_no_more()
+            get_logger().warning("no more decode steps are captured; larger ones take their place: %s", error)
         return True
 
     def stats(self) -> dict[str, float]:
@@ -224,6 +249,7 @@ class Engine:
         outputs = self.scheduler.abort_all()
         self._states.clear()
         self._in_flight.clear()
+        self._thaw()
         if "kv_cache" not in self.asleep:
             del self.runner
         self.resting_model = None
@@ -234,6 +260,8 @@ class Engine:
 
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:
         tokens = pending.wait()
+        num_sampled = len(tokens) - tokens.count(None)
+        now = self.times.end_step(sum(entry.num_tokens for entry in pending.plan.scheduled), num_sampled)
         outputs = []
         for state, new_tokens, reason in self.scheduler.update(pending.plan.scheduled, tokens):
             if error := _failure(state, new_tokens):
@@ -245,7 +273,10 @@ class Engine:
             output = state.output(token_ids=new_tokens, finish_reason=reason)
             if state.request_id in pending.reports:
                 pending.reports[state.request_id].add_to(output, state)
+            if new_tokens and state.first_token_s is None:
+                state.first_token_s = now
             if reason is not None:
+                self.times.end_request(state, now)
                 self._forget(state)
             if new_tokens or reason is not None or output.logits is not None or output.hidden_states is not None:
                 outputs.append(output)
@@ -287,4 +318,4 @@ def _device(name: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise ConfigError("device='cuda': torch sees no CUDA device; use 'cpu', or 'auto' to take what is there")
-    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda and name != "cpu" else torch.device("cpu")

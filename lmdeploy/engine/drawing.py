@@ -33,14 +33,15 @@ def _draw_on_gpu(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
     from lmdeploy.kernels.triton import sampling
 
     params = [state.request.sampling for state in states]
-    numbers = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], device=logits.device)
-    temperature, top_p, min_p = numbers.T.contiguous()
+    numbers = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], device="cpu").T.contiguous()
     integers = torch.tensor(
         [[p.top_k, state.seed, state.num_tokens - 1] for p, state in zip(params, states, strict=True)],
         dtype=torch.int64,
-        device=logits.device,
-    )
-    top_k, seeds, positions = integers.T.contiguous()
+        device="cpu",
+    ).T.contiguous()
+    # From memory that is not pinned the copies would wait for the steps in flight.
+    temperature, top_p, min_p = numbers.pin_memory().to(logits.device, non_blocking=True)
+    top_k, seeds, positions = integers.pin_memory().to(logits.device, non_blocking=True)
     return sampling.draw(logits, temperature, top_k, top_p, min_p, sampling.uniforms(seeds, positions))
 
 

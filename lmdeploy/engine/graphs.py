@@ -62,6 +62,10 @@ class DecodeGraphs:
         wanted = [(size, keeps_logits) for keeps_logits in (False, True) for size in self.sizes]
         return [key for key in wanted if key not in self.graphs]
 
+    def capture_no_more(self) -> None:
+        """Leave it at the graphs that there are."""
+        self.sizes = []
+
     def find(self, batch_size: int, keeps_logits: bool) -> tuple[int, Graph] | None:
         """The smallest captured graph that holds the batch, and its size."""
         sizes = [size for size, keeps in self.graphs if keeps == keeps_logits and size >= batch_size]

@@ -45,6 +45,7 @@ class EngineLoop:
         self.error: EngineDead | None = None
         self.heartbeat = time.monotonic()
         self._stats = self._engine.stats()
+        self._times = self._engine.times
         self._publish = publish
         self._live: set[str] = set()
         self._grammars: GrammarThreads | None = None
@@ -92,8 +93,8 @@ class EngineLoop:
             raise self.error
 
     def stats(self) -> dict[str, float]:
-        """The counters after the last step, and the age of the last sign of life of a loop that has work."""
-        return {**self._stats, "heartbeat_age_s": max(time.monotonic() - self.heartbeat, 0.0)}
+        """The counters after the last step, its times, and the age of the last sign of life of a loop that has work."""
+        return {**self._stats, **self._times.numbers(), "heartbeat_age_s": max(time.monotonic() - self.heartbeat, 0.0)}
 
     def close(self) -> None:
         """End all requests, stop the thread, free the engine's memory."""
@@ -118,6 +119,7 @@ class EngineLoop:
         assert engine is not None
         error = EngineDead("the engine is closed")
         try:
+            engine.enter_thread()
             while self._drain(engine):
                 if engine.has_work:
                     self._deliver(engine.step())

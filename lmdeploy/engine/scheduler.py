@@ -7,6 +7,7 @@ one token budget. Chunked prefill, prefix hits and decode are that one subtracti
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -189,6 +190,7 @@ class Scheduler:
         state.num_named_blocks = len(prefix)
         if state.num_cached_tokens is None:
             state.num_cached_tokens = state.num_computed_tokens
+            state.started_s = time.monotonic()
         return True
 
     def _cached_prefix(self, state: RequestState) -> list[int]:

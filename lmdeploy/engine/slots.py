@@ -46,7 +46,9 @@ class Slots:
     def lines(self, states: Sequence[RequestState]) -> Tensor:
         """The lines of requests, [R] int64 on the device."""
         host = torch.tensor([self.line(state) for state in states], dtype=torch.int64, device="cpu")
-        return host.to(self.last_tokens.device, non_blocking=True)
+        device = self.last_tokens.device
+        # From memory that is not pinned the copy would wait for the steps in flight.
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     def show_tables(self, entries: Sequence[Scheduled], block_tables: Tensor) -> None:
         """Copy block tables [B, n] on the device, n blocks at most of each entry's request, into their lines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ class RequestState:
     know yet. num_computed_tokens: tokens whose K and V are in the cache, or will be once the steps in flight have run.
     matcher: the place in the request's grammar, if it has one. waits_for_own_token: the next step needs the last token on
     the host (a grammar, multi-token bad words). max_tokens: where the answer ends at the latest, set by the scheduler.
+    queued_s, started_s, first_token_s: when it came, was first admitted, and had its first token.
     """
 
     request: Request
@@ -42,6 +44,9 @@ class RequestState:
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     is_finished: bool = False
     matcher: Matcher | None = None
+    queued_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None
+    first_token_s: float | None = None
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.request.prompt_ids

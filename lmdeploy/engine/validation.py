@@ -55,13 +55,13 @@ def check_request(request: Request, info: EngineInfo) -> None:
     prompt_len = len(request.prompt_ids)
     if not prompt_len:
         raise InvalidParameter("the prompt is empty: give at least one token")
-    _check_ids("prompt", request.prompt_ids, info.vocab_size)
     needed = prompt_len + (request.sampling.max_new_tokens > 0)
     if needed > info.session_len:
         raise PromptTooLong(
             f"the prompt has {prompt_len} tokens; session_len is {info.session_len} and the KV cache holds "
             f"{info.num_blocks * info.block_size}: shorten it, or raise session_len or cache_max_entry_count"
         )
+    _check_ids("prompt", request.prompt_ids, info.vocab_size)
     sampling = request.sampling
     for name in ("stop_token_ids", "bad_token_ids", "logit_bias"):
         _check_ids(name, list(getattr(sampling, name)), info.vocab_size)

@@ -12,6 +12,7 @@ from lmdeploy.models.base import CausalLM
 from lmdeploy.quantization.affine import AffineMethod
 
 _FIRST_SIZES = (1, 2, 4, 8)
+_USUAL_DIM = 128  # of a head, at most, for decode attention in CUDA C++
 
 
 def copy_bytes(model: CausalLM) -> int:
@@ -29,7 +30,11 @@ def buffer_bytes_of(model: CausalLM, max_batch_size: int, session_len: int) -> i
     config = model.config
     if not has_gpu_kernels() or model.dtype == torch.float32:
         return 0
-    return decode_buffer_bytes(max_batch_size, session_len, config.num_heads, config.head_dim)
+    value_dim = config.head_dim if config.mla is None else config.mla.kv_lora_rank
+    is_special = value_dim > _USUAL_DIM or config.attn_softcap is not None or config.alibi or config.attention_sinks
+    forms = {not is_special and window is None for window in config.layer_windows}
+    size = (max_batch_size, session_len, config.num_heads, value_dim)
+    return sum(decode_buffer_bytes(*size, is_usual=is_usual) for is_usual in forms)
 
 
 def keep_copies(model: CausalLM) -> None:

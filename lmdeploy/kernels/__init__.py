@@ -24,6 +24,7 @@ from lmdeploy.kernels.spec import AttentionSpec
 if TYPE_CHECKING:
     from lmdeploy.kernels.reference.attention import Blocks
     from lmdeploy.kernels.reference.decode_inputs import DecodeInputs
+    from lmdeploy.kernels.triton.affine import PackedAffine
     from lmdeploy.layers.context import ForwardContext
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rope_store_attend",
     "routed_mlp",
+    "routed_mlp_affine",
     "runs_on_gpu",
     "store_kv",
     "store_rotate_attend",
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 
-_MAX_SPLITS = 32  # of a request, by kernels/triton/decode_attention.py
+_MAX_SPLITS, _MIN_SPLIT = 32, 128  # of a request and tokens of one, by kernels/triton/decode_attention.py
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -141,11 +143,14 @@ def make_decode_buffers(max_batch: int, max_context_len: int, device: torch.devi
     return DecodeBuffers(max_batch, max_context_len, device)
 
 
-def decode_buffer_bytes(max_batch: int, max_context_len: int, num_heads: int, value_dim: int) -> int:
-    """What `make_decode_buffers` comes to take for heads of that form: a partial result of every split, in float32."""
+def decode_buffer_bytes(max_batch: int, max_context_len: int, num_heads: int, value_dim: int, is_usual: bool) -> int:
+    """What `make_decode_buffers` comes to take for heads of that form: a partial result of every split, in float32.
+
+    is_usual: whether the CUDA kernel computes it, which takes no window, cap, bias or sink.
+    """
     from lmdeploy.kernels.cuda.decode_attention import MIN_SPLIT
 
-    splits = min(_MAX_SPLITS, -(-max_context_len // MIN_SPLIT))
+    splits = min(_MAX_SPLITS, -(-max_context_len // (MIN_SPLIT if is_usual else _MIN_SPLIT)))
     return max_batch * splits * num_heads * (value_dim + 2) * 4
 
 
@@ -224,6 +229,29 @@ def routed_mlp(
     return reference.routed_mlp(*arguments)
 
 
+def routed_mlp_affine(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: PackedAffine,
+    down: PackedAffine,
+    activation: str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    clamp: float | None,
+) -> Tensor | None:
+    """`routed_mlp` over weights as kernels/triton/affine.py packs them; None where no kernel can, then they are made dense."""
+    if not _may_try("routed_mlp_affine", x):
+        return None
+    from lmdeploy.kernels.triton import moe
+
+    try:
+        return moe.routed_mlp_affine(x, weights, experts, gate_up, down, activation, gate_up_bias, down_bias, clamp)
+    except Exception as error:
+        _give_up("routed_mlp_affine", error)
+        return None
+
+
 _given_up: set[str] = set()
 
 
@@ -232,7 +260,9 @@ def _may_try(name: str, x: Tensor) -> bool:
 
 
 def _give_up(name: str, error: Exception) -> None:
-    """A kernel that this GPU or this Triton cannot build: its twin runs from now on."""
+    """A kernel that this GPU or this Triton cannot build: its twin runs from now on. What lacks memory is no such kernel."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
     from lmdeploy.logging import get_logger
 
     _given_up.add(name)

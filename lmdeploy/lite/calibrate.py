@@ -25,6 +25,7 @@ from lmdeploy.lite.stream import LayerStream
 from lmdeploy.lite.windows import Tell, make_windows
 
 INPUTS, OUTPUTS, KEYS, VALUES = "inputs_stats.pth", "outputs_stats.pth", "key_stats.pth", "value_stats.pth"
+STATISTICS_FILES = (INPUTS, OUTPUTS, KEYS, VALUES)
 _TOKENS_AT_A_TIME = 4096
 
 

@@ -189,7 +189,9 @@ def _read_named(name: str) -> Iterator[str]:
 
 
 def first_windows(texts: Iterable[str], tokenizer: Tokenizer, samples: int, length: int) -> Tensor:
-    """Consecutive windows [samples, length] from the beginning of the texts, without a begin token."""
+    """Consecutive windows [samples, length] from the beginning of the texts, without a begin token. Raises ConfigError."""
+    if samples < 1 or length < 2:
+        raise ConfigError(f"--samples {samples}, --seqlen {length}: at least 1 window of at least 2 tokens")
     ids: list[int] = []
     for text in texts:
         ids += tokenizer.encode(text, add_bos=False)

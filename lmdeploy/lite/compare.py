@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmdeploy.errors import ConfigError
+from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.lite.layer import LayerRunner, check_finite
 from lmdeploy.lite.stream import LayerStream
 
 _ROWS = 256
+_LARGEST_LOSS = 700.0  # of which there is an exponential
 Progress = Callable[[], None]
 
 
@@ -38,7 +39,8 @@ def compare_models(
 ) -> Comparison:
     """Score windows of token ids [W, S]: in each, every token but the first is predicted from those before it.
 
-    progress is called num_steps(...) times. Raises ConfigError for models with different vocabularies.
+    progress is called num_steps(...) times. Raises ConfigError for models with different vocabularies,
+    CheckpointError for one that gives NaN.
     """
     first, second = LayerStream(original, device), LayerStream(other, device)
     if first.config.vocab_size != second.config.vocab_size:
@@ -57,7 +59,11 @@ def compare_models(
             sums += _scores(logits[0], logits[1], targets)
     count = windows.shape[0] * (windows.shape[1] - 1)
     loss_ref, loss, divergence, agreeing = (sums / count).tolist()
-    return Comparison(math.exp(loss_ref), math.exp(loss), divergence, agreeing, count)
+    for path, value in ((original, loss_ref), (other, loss)):
+        if not math.isfinite(value):
+            raise CheckpointError(f"{path} predicts NaN or infinity: its final norm or its output head is damaged")
+    ppl_ref, ppl = (math.exp(min(value, _LARGEST_LOSS)) for value in (loss_ref, loss))
+    return Comparison(ppl_ref, ppl, divergence, agreeing, count)
 
 
 def num_steps(num_layers: int) -> int:

@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmdeploy.errors import ConfigError
+from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.models.config import read_hf_config
 from lmdeploy.workspace import tokenizer_folder
 
 _SHARD_BYTES = 2 << 30
 _FILE_MODE = 0o644
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*")
-_NOT_COPIED = ("*.index.json", "config.json", "quality.json")
+_NOT_COPIED = ("*.index.json", "config.json", "quality.json", "calibration.txt")
 _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 
@@ -73,8 +73,10 @@ class ShardWriter:
 
 
 def storable(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """An unquantized tensor as it is written. Raises ConfigError for values beyond dtype's range."""
+    """An unquantized tensor as it is written. Raises CheckpointError for damaged values, ConfigError for too large ones."""
     rounded = value.to(dtype) if value.is_floating_point() else value
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise CheckpointError(f"tensor {name} holds NaN or infinity; the weights are damaged: download them again")
     if rounded.is_floating_point() and not torch.isfinite(rounded).all():
         raise ConfigError(f"tensor {name} has values that {dtype} cannot hold; use --dtype bfloat16")
     return rounded

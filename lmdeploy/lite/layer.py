@@ -215,3 +215,13 @@ def check_finite(hidden: Tensor, index: int) -> None:
         raise CheckpointError(
             f"layer {index} gives NaN or infinity; the weights are damaged, or too large for 16 bits: try --dtype bfloat16"
         )
+
+
+def check_sense(hidden: Hidden, index: int) -> None:
+    """Raise CheckpointError if the quantized states tell less of the original ones than zeros would."""
+    error = (hidden.quantized - hidden.original).norm()
+    if error > hidden.original.norm():
+        raise CheckpointError(
+            f"layer {index}: what the quantized layers give has nothing to do with the original; try smaller groups or "
+            "--search best"
+        )

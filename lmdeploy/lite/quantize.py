@@ -6,6 +6,7 @@ It owns the order of the steps and what is said meanwhile; every step's work is 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmdeploy.errors import ConfigError
+from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.lite import naming
 from lmdeploy.lite.bar import progress_bar
+from lmdeploy.lite.calibrate import STATISTICS_FILES
 from lmdeploy.lite.compare import compare_models, num_steps
 from lmdeploy.lite.export import (
     ShardWriter,
@@ -31,6 +33,7 @@ from lmdeploy.lite.layer import (
     LayerRunner,
     QuantizedLayer,
     check_finite,
+    check_sense,
     move,
     quantize_layer,
     quantize_layer_blindly,
@@ -55,15 +58,16 @@ def quantize_model(model: Path, settings: Settings, tell: Tell) -> dict[str, Any
 
     An interrupted run goes on where it was if it is started again with the same settings. Raises LMDeployError.
     """
-    output = settings.work_dir
-    if output.resolve() == model.resolve():
-        raise ConfigError(f"--work-dir {output} is the model itself; choose another folder")
+    output = _output_folder(model, settings.work_dir)
     stream = LayerStream(model, torch.device(settings.device))
-    if not model.is_file() and stream.config.quantization:
-        method = stream.config.quantization.get("quant_method")
-        raise ConfigError(f"{model} is quantized already ({method}); give the original 16-bit model")
+    _check_unquantized(stream)
     scheme = make_scheme(stream, settings)
+    _check_fit(stream, scheme)
     _tell_group_size(stream, settings, scheme, tell)
+    for name in STATISTICS_FILES:
+        if (output / name).exists():
+            tell(f"{output / name} is not read: weights are fitted to the text itself; calibrating anew")
+            break
     with full_disk_is_an_error(output):
         partial = Partial(output, _fingerprint(model, stream, settings, scheme))
         windows = _windows(model, partial, settings, tell)
@@ -75,8 +79,41 @@ def quantize_model(model: Path, settings: Settings, tell: Tell) -> dict[str, Any
         figures = _prove(stream, draft, partial, windows, scheme, settings, tell)
         publish(draft, output)
         partial.remove()
-    tell(f"written to {output}")
+    tell(f"written to {settings.work_dir}")
     return figures
+
+
+def _output_folder(model: Path, work_dir: Path) -> Path:
+    """The folder by its full path, which has a name to put `.partial` behind. Raises ConfigError for one that cannot be it."""
+    output = Path(os.path.abspath(work_dir))
+    if output.resolve() == model.resolve():
+        raise ConfigError(f"--work-dir {work_dir} is the model itself; choose another folder")
+    if not output.name or (output.exists() and not output.is_dir()):
+        raise ConfigError(f"--work-dir {work_dir} is no folder that a model can be written to; choose another")
+    return output
+
+
+def _check_unquantized(stream: LayerStream) -> None:
+    """Raise ConfigError for a model whose config or tensors are quantized; GGUF files are taken as they are."""
+    if stream.path.is_file():
+        return
+    kinds = {info.kind for info in stream.source.infos.values()} - {"dense"}
+    if stream.config.quantization or kinds:
+        found = (stream.config.quantization or {}).get("quant_method") or ", ".join(sorted(kinds))
+        raise ConfigError(f"{stream.path} is quantized already ({found}); give the original 16-bit model")
+
+
+def _check_fit(stream: LayerStream, scheme: Scheme) -> None:
+    """Raise ConfigError if the format can hold none of the layers' linears, and look for damage outside the layers."""
+    layers = enumerate(stream.model.layers)
+    if not any(naming.convertible_linears(naming.layer_origins(stream, i), i, m, scheme.fits) for i, m in layers):
+        sizes = ", ".join(map(str, sorted(set(input_sizes(stream)))))
+        raise ConfigError(
+            f"{scheme.title} can hold none of this model's linears: {scheme.needs}, and they have {sizes} inputs; run the "
+            "model as it is"
+        )
+    for name, value in naming.outside_layers(stream):
+        storable(name, value, scheme.dtype)
 
 
 def _tell_group_size(stream: LayerStream, settings: Settings, scheme: Scheme, tell: Tell) -> None:
@@ -123,17 +160,27 @@ def _quantize_layers(
     with progress_bar("layers", stream.num_layers) as advance:
         for index in range(stream.num_layers):
             stored = partial.load_layer(index)
+            try:
+                if hidden is not None:
+                    _pass_layer(run, partial, index, stored, hidden, scheme)
+                elif stored is None:
+                    _round_layer(stream, partial, index, scheme)
+            except CheckpointError as error:
+                raise CheckpointError(f"layer {index}, {error}") from error
             if hidden is not None:
-                _pass_layer(run, partial, index, stored, hidden, scheme)
                 check_finite(hidden.original, index)
                 check_finite(hidden.quantized, index)
-            elif stored is None:
-                layer, origins = stream.load_layer(index), naming.layer_origins(stream, index)
-                convertible = naming.convertible_linears(origins, index, layer, scheme.fits)
-                result = quantize_layer_blindly(layer, scheme.recipe, convertible.__contains__)
-                _save(stream, partial, layer, index, origins, result)
+                check_sense(hidden, index)
             stream.drop_layer(index)
             advance()
+
+
+def _round_layer(stream: LayerStream, partial: Partial, index: int, scheme: Scheme) -> None:
+    """Quantize a layer without any text."""
+    layer, origins = stream.load_layer(index), naming.layer_origins(stream, index)
+    convertible = naming.convertible_linears(origins, index, layer, scheme.fits)
+    result = quantize_layer_blindly(layer, scheme.recipe, convertible.__contains__)
+    _save(stream, partial, layer, index, origins, result)
 
 
 def _hidden(stream: LayerStream, windows: Windows, least: int) -> Hidden:
@@ -199,7 +246,7 @@ def _assemble(stream: LayerStream, partial: Partial, scheme: Scheme) -> tuple[Pa
                 for tensor_name, tensor in scheme.tensors(module, weight).items():
                     writer.add(tensor_name, tensor)
                 continue
-            if len(info.shape) > 1 and module != name:
+            if len(info.shape) > 1 and not name.endswith("bias"):
                 unconverted.append(module)
             writer.add(name, storable(name, weight, scheme.dtype))
     writer.finish()

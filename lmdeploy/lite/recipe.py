@@ -115,7 +115,9 @@ class AffineRecipe:
         best = min(errors, key=errors.__getitem__)
         relative = errors[best] / max(output_error(weight, held_out.square), 1e-30)
         if not math.isfinite(relative):
-            raise CheckpointError(f"{unit.path}: rounding gives no number; the weights or the text are broken")
+            raise CheckpointError(
+                f"{unit.path}: rounding gives no number; weights are damaged, or too large for 16 bits: try --dtype bfloat16"
+            )
         grid, codes = candidates[best]
         return Rounded(grid.to_affine(codes), relative, best)
 

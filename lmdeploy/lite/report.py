@@ -48,12 +48,16 @@ def format_quality(figures: Mapping[str, Any], num_scored: int) -> str:
     """The figures as lines of text."""
     return "\n".join(
         [
-            f"perplexity        {figures['ppl']:.3f}   (original {figures['ppl_ref']:.3f}, {num_scored} tokens scored)",
+            f"perplexity        {_short(figures['ppl'])}   (original {_short(figures['ppl_ref'])}, {num_scored} tokens scored)",
             f"KL divergence     {figures['kl']:.4f} nats per token",
             f"same first choice {figures['top1']:.1%}",
             f"size              {figures['bytes'] / 2**20:.1f} MiB, {figures['bits_per_weight']:.2f} bits per weight",
         ]
     )
+
+
+def _short(perplexity: float) -> str:
+    return f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.1e}"
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,14 @@ _INT8_MULTIPLE = (
 
 
 class Scheme(ABC):
-    """One format. command: that writes it; title: for people; summary: what the README says; key: what two equal runs share."""
+    """One format. command: that writes it; title: for people; summary: what the README says; key: what two equal runs share.
+
+    needs: of a linear's sizes, for people.
+    """
 
     command: ClassVar[str]
     title: ClassVar[str]
+    needs: ClassVar[str] = f"groups of {', '.join(map(str, sorted(GROUP_SIZES)))} must divide a linear's inputs"
 
     def __init__(self, recipe: Recipe, summary: str, key: Sequence[Any]) -> None:
         self.recipe = recipe
@@ -110,6 +114,7 @@ class SmoothQuantScheme(Scheme):
     """LMDeploy's smooth_quant: 8-bit weights with a scale per output channel."""
 
     command, title = SMOOTH_QUANT, "SmoothQuant"
+    needs = f"a linear's sizes must be multiples of {_INT8_MULTIPLE}"
 
     def __init__(self, quant_dtype: str, search: str, dtype: torch.dtype) -> None:
         self.quant_dtype = quant_dtype

@@ -49,7 +49,9 @@ class SmoothRecipe:
         error = (self._product(x, value) - exact).square().sum().item()
         relative = error / max(exact.square().sum().item(), 1e-30)
         if not math.isfinite(relative):
-            raise CheckpointError(f"{unit.path}: rounding gives no number; the weights or the text are broken")
+            raise CheckpointError(
+                f"{unit.path}: rounding gives no number; weights are damaged, or too large for 16 bits: try --dtype bfloat16"
+            )
         return Rounded(value.to(torch.device("cpu")), relative, str(self.quant_dtype).removeprefix("torch."))
 
     def _error(self, group: ScaleGroup, statistics: Statistics, scale: Tensor | None) -> float:

@@ -43,4 +43,4 @@ def list_folder(folder: Path) -> str:
 
 def first_names(names: Sequence[str], limit: int = _NAMES_SHOWN) -> str:
     """The first names of a list, for a message."""
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lmdeploy.kernels import cpu, has_gpu_kernels, runs_on_gpu
+from lmdeploy.kernels import cpu, has_gpu_kernels, routed_mlp_affine
 from lmdeploy.kernels.reference import affine as reference
 from lmdeploy.quantization.method import LinearMethod
 from lmdeploy.quantization.packing import AffineTensor, same_columns
@@ -92,16 +92,18 @@ class AffineMethod(LinearMethod):
         clamp: float | None,
     ) -> Tensor:
         other = down.method
-        is_reordered = not isinstance(other, AffineMethod) or self.columns is not None or other.columns is not None
-        if is_reordered or not runs_on_gpu(x) or self.packed.bits != 4:
-            return super().routed_mlp(x, weights, experts, gate_up, down, activation, clamp)
-        from lmdeploy.kernels.triton import moe
+        out = None
+        if isinstance(other, AffineMethod) and self._is_routable and other._is_routable:
+            both, last = (
+                b if b is None else b.unflatten(0, (gate_up.num_experts, -1)) for b in (gate_up.bias, down.bias)
+            )
+            out = routed_mlp_affine(x, weights, experts, self.packed, other.packed, activation, both, last, clamp)
+        return super().routed_mlp(x, weights, experts, gate_up, down, activation, clamp) if out is None else out
 
-        first, second = (
-            b if b is None else b.unflatten(0, (gate_up.num_experts, -1)) for b in (gate_up.bias, down.bias)
-        )
-        packed = cast(AffineMethod, other).packed
-        return moe.routed_mlp_affine(x, weights, experts, self.packed, packed, activation, first, second, clamp)
+    @property
+    def _is_routable(self) -> bool:
+        """Whether experts can be routed to as they are packed, which the twins' form is not made for."""
+        return self.columns is None and self.kernels.__name__.endswith("triton.affine")
 
     def embed(self, linear: Linear, ids: Tensor) -> Tensor:
         rows: Tensor = self.kernels.embed(ids, self.packed, self.dtype)

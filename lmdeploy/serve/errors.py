@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +19,9 @@ from lmdeploy.errors import EngineDead, LMDeployError, PromptTooLong, RequestErr
 _INVALID_REQUEST = "invalid_request_error"
 _MAX_MESSAGE_CHARS = 2000
 _MAX_FINDINGS = 5
+# A step on a field's path; a place of pydantic's own names a form that it tried, such as `list[constrained-int]` or `bool`.
+_FIELD = re.compile(r"[a-z0-9_]+")
+_FORMS = {"bool", "int", "float", "str"}
 # Where clients expect Anthropic's errors, and the names these have there.
 _TYPED_PATHS = ("/v1/messages", "/anthropic/")
 _TYPES = {
@@ -159,9 +164,16 @@ def install(app: FastAPI) -> None:
 
 def _validation_problem(error: RequestValidationError) -> Problem:
     """Where and what, never the value: that may be long, or secret."""
-    found = []
+    found: dict[str, list[str]] = {}
     for item in error.errors()[:_MAX_FINDINGS]:
-        where = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "path"))
-        found.append((where, f"{where}: {item['msg']}" if where else str(item["msg"])))
-    param = found[0][0] or None if found else None
-    return refusal(400, "; ".join(text for _, text in found) or "the request is malformed", param)
+        texts = found.setdefault(_field_of(item["loc"]), [])
+        if item["msg"] not in texts:
+            texts.append(item["msg"])
+    told = [f"{where}: {', or '.join(texts)}" if where else ", or ".join(texts) for where, texts in found.items()]
+    return refusal(400, "; ".join(told) or "the request is malformed", next(iter(found), None) or None)
+
+
+def _field_of(location: Sequence[str | int]) -> str:
+    """The field's path as the client wrote it, without the forms that pydantic tried for it."""
+    parts = [str(part) for part in location if part not in ("body", "query", "path")]
+    return ".".join(part for part in parts if _FIELD.fullmatch(part) and part not in _FORMS)

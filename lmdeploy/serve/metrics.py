@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
+from lmdeploy.engine.step_times import read
 from lmdeploy.errors import EngineDead
 from lmdeploy.messages import Response
 
@@ -14,22 +17,34 @@ _LABELS = ("model_name", "engine")
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _PER_TOKEN_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 
 
 class Metrics:
-    """What a server has done so far. stats: the engine's counters, asked whenever the metrics are."""
+    """What a server has done so far.
 
-    def __init__(self, model_name: str, stats: Callable[[], dict[str, float]]) -> None:
+    stats: the engine's counters, num_api_routed and num_api_waiting, asked whenever the metrics are. backend: the labels of
+    `backend_config`, numbers of the engine that do not change.
+    """
+
+    def __init__(
+        self, model_name: str, stats: Callable[[], dict[str, float]], backend: Mapping[str, object] | None = None
+    ) -> None:
         self._registry = CollectorRegistry()
         self._labels = (model_name, "0")
         self._stats = stats
+        self._last_stats: dict[str, float] = {}
+        self._registry.register(_EngineTimes(self._labels, lambda: self._last_stats))
+        self._describe(backend or {})
         self._num_prompt_tokens = self._num_cached_tokens = 0
         self.succeeded = self._gauge("num_requests_succeeded", "answers that came to their end")
         self.failed = self._gauge("num_requests_failed", "answers that failed or were refused by the engine")
         self._live = {
             "num_running": self._gauge("num_requests_running", "requests in the engine's batch"),
             "num_waiting": self._gauge("num_requests_waiting", "requests that wait for the engine's batch"),
+            "num_api_routed": self._gauge("num_api_requests_routed", "answers that the engine works on or has queued"),
+            "num_api_waiting": self._gauge("num_api_requests_waiting", "answers that the engine has not been given yet"),
             "num_preemptions": self._gauge(
                 "num_preemptions", "requests that gave their blocks back to be computed anew"
             ),
@@ -50,6 +65,9 @@ class Metrics:
         self._request_cached = self._histogram(
             "request_cached_tokens", "cached prompt tokens of a request", (0, *_TOKENS)
         )
+        self._request_ratio = self._histogram(
+            "request_cache_hit_ratio", "cached share of a request's prompt tokens, 0 to 1", _SHARES
+        )
         self.first_token = self._histogram("time_to_first_token_seconds", "of streamed answers", _FIRST_TOKEN_S)
         self.per_token = self._histogram(
             "time_per_output_token_seconds", "mean after the first, streamed", _PER_TOKEN_S
@@ -58,10 +76,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text format; of an engine that has stopped, what it had counted."""
-        try:
-            stats = self._stats()
-        except EngineDead:
-            stats = {}
+        stats = self._engine_stats()
         for name, gauge in self._live.items():
             gauge.set(stats.get(name, 0))
         if blocks := stats.get("num_blocks"):
@@ -84,9 +99,23 @@ class Metrics:
         self._request_prompt.observe(response.input_token_len)
         self._request_generation.observe(response.generate_token_len)
         self._request_cached.observe(response.cached_tokens)
+        self._request_ratio.observe(response.cached_tokens / max(response.input_token_len, 1))
 
     def timer(self, is_streaming: bool) -> Timer:
         return Timer(self, is_streaming)
+
+    def _engine_stats(self) -> dict[str, float]:
+        try:
+            self._last_stats = self._stats()
+        except EngineDead:  # nothing runs any more; what its histograms had counted stays
+            live = (*self._live, "num_blocks")
+            self._last_stats = {name: value for name, value in self._last_stats.items() if name not in live}
+        return self._last_stats
+
+    def _describe(self, backend: Mapping[str, object]) -> None:
+        text = "the engine's settings, as labels of a 1"
+        gauge = Gauge("lmdeploy:backend_config_info", text, (*_LABELS, *backend), registry=self._registry)
+        gauge.labels(*self._labels, *backend.values()).set(1)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"lmdeploy:{name}", text, _LABELS, registry=self._registry).labels(*self._labels)
@@ -97,6 +126,31 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         histogram = Histogram(f"lmdeploy:{name}", text, _LABELS, registry=self._registry, buckets=buckets)
         return histogram.labels(*self._labels)
+
+
+class _EngineTimes(Collector):
+    """The histograms that the engine keeps itself, as it last told of them."""
+
+    _TEXTS = {
+        "iteration_tokens": ("iteration_tokens_total", "tokens computed in a step of the engine"),
+        "iter_token_latency": ("iter_token_latency", "seconds of the step that gave a token, by token"),
+        "queue_time": ("request_queue_time_seconds", "from the engine's queue into its batch"),
+        "prefill_time": ("request_prefill_time_seconds", "from the batch to the first token"),
+        "decode_time": ("request_decode_time_seconds", "from the first token to the last"),
+        "inference_time": ("request_inference_time_seconds", "from the batch to the last token"),
+    }
+
+    def __init__(self, labels: tuple[str, str], numbers: Callable[[], Mapping[str, float]]) -> None:
+        self._labels = labels
+        self._numbers = numbers
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        numbers = self._numbers()
+        for key, (name, text) in self._TEXTS.items():
+            family = HistogramMetricFamily(f"lmdeploy:{name}", text, labels=_LABELS)
+            buckets, total = read(numbers, key)
+            family.add_metric(self._labels, buckets, total)
+            yield family
 
 
 class Timer:

@@ -81,7 +81,7 @@ class BodyLimits:
             await self._app(scope, receive, send)
             return
         try:
-            body = await asyncio.wait_for(self._read(receive), self._timeout_s)
+            body = self._announced(scope) or await asyncio.wait_for(self._read(receive), self._timeout_s)
         except asyncio.TimeoutError:
             body = refusal(408, f"the body did not arrive within {self._timeout_s:g} seconds")
         if isinstance(body, bytes) and body:
@@ -93,6 +93,14 @@ class BodyLimits:
             return
         await self._app(scope, _replay(body, receive), send)
 
+    def _announced(self, scope: Scope) -> Problem | None:
+        """A body that its header already tells to be too large need not be waited for."""
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        return self._too_large() if length.isdigit() and int(length[:20]) > self._max_bytes else None
+
+    def _too_large(self) -> Problem:
+        return refusal(413, f"the body has more than {self._max_bytes:,} bytes")
+
     async def _read(self, receive: Receive) -> bytes | Problem | None:
         """The body, or why it is refused; None where the client went away."""
         chunks = bytearray()
@@ -102,7 +110,7 @@ class BodyLimits:
                 return None
             chunks += message.get("body", b"")
             if len(chunks) > self._max_bytes:
-                return refusal(413, f"the body has more than {self._max_bytes:,} bytes")
+                return self._too_large()
             if not message.get("more_body", False):
                 return bytes(chunks)
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.serve.http_protocol import PatientProtocol
 
 _MAX_HEADER_BYTES = 64 << 10
 _BACKLOG = 2048
@@ -69,7 +70,7 @@ class Server(uvicorn.Server):
     ):
         config = uvicorn.Config(
             _without_last_words(app),
-            http="h11",  # the one that bounds headers
+            http=PatientProtocol,  # over h11, which bounds headers
             ws="none",
             lifespan="off",
             log_level=log_level,

@@ -45,11 +45,14 @@ class Job:
 
 @dataclass(eq=False)
 class _Work:
-    """A job in the engine. num_tokens: of its prompts, as far as they are known. names: of the prompts."""
+    """A job in the engine. num_tokens: of its prompts, as far as they are known. num_routed: answers that the engine has been
+    asked for. names: of the prompts.
+    """
 
     job: Job
     names: list[str] = field(default_factory=list)
     num_tokens: int = 0
+    num_routed: int = 0
     is_aborted: bool = False
 
     def request_ids(self) -> list[str]:
@@ -64,13 +67,14 @@ class Service:
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = Metrics(settings.model_name, engine.client.stats)
+        self.metrics = Metrics(settings.model_name, self._stats, _backend(engine))
         self.created = int(time.time())
         self.max_active = settings.max_concurrent_requests or _QUEUED_BATCHES * engine.client.info.max_batch_size
         info = engine.client.info
         self.max_tokens = settings.max_queued_tokens or _QUEUED_CACHES * info.num_blocks * info.block_size
         self.num_active = 0
         self.num_tokens = 0
+        self.num_routed = 0
         self.is_draining = False
         self.asleep: frozenset[str] = frozenset()
         self.formats = AnswerFormats(engine, settings.tool_call_parser, settings.reasoning_parser)
@@ -154,6 +158,7 @@ class Service:
                     if response.finish_reason is not None:
                         num_ended += 1
                         self.num_active -= 1
+                        self.num_routed -= 1
                     if response.finish_reason == "error":
                         raise _failure(response)
                     yield response
@@ -162,6 +167,7 @@ class Service:
             raise
         finally:
             self.num_active -= count - num_ended
+            self.num_routed -= work.num_routed - num_ended
             self.num_tokens -= work.num_tokens
             self._works.discard(work)
 
@@ -196,6 +202,12 @@ class Service:
             )
         work.num_tokens += count
         self.num_tokens += count
+        work.num_routed += work.job.config.n
+        self.num_routed += work.job.config.n
+
+    def _stats(self) -> dict[str, float]:
+        waiting = self.num_active - self.num_routed
+        return {**self.engine.client.stats(), "num_api_routed": self.num_routed, "num_api_waiting": waiting}
 
     def _abort(self, work: _Work) -> None:
         """Also of what the engine does not have yet: with its first Response this is asked again."""
@@ -228,6 +240,12 @@ def _folder_below(allowed: Path, path: Path) -> Path | None:
     except (OSError, ValueError, RuntimeError):  # a null byte, a loop of links
         return None
     return real if is_below else None
+
+
+def _backend(engine: AsyncEngine) -> dict[str, object]:
+    info = engine.client.info
+    names = ("architecture", "dtype", "device", "session_len", "max_batch_size", "num_blocks", "block_size")
+    return {name: getattr(info, name) for name in names}
 
 
 def _failure(response: Response) -> Exception:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from lmdeploy.bench.serving_prompts import Ask, random_asks
 from lmdeploy.cli import main
 from lmdeploy.errors import ConfigError
 from tests.bench.fake_server import HEAD, answering, chunk, end, event, piece, whole
+from tests.serve.live import KEY, running
+from tests.tiny_model import make_tiny_llama
 
 ASKS = [Ask("the river", 4)] * 6
+FORCED = '{"temperature": 0, "logit_bias": {"68": 100}}'  # one letter again and again: each token has a text
 FIRST_S, NEXT_S = 0.08, 0.03
 
 
@@ -273,3 +276,34 @@ def test_mistakes_are_told(flags: list[str], message: str, capsys: pytest.Captur
     with answering(steady) as url:
         assert main.main(["bench", "serve", url, *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running(make_tiny_llama(tmp_path_factory.mktemp("tiny"))) as (url, _):
+        yield url
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_a_server_of_ours(endpoint: str, real_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--endpoint",
+        endpoint,
+        "--concurrency",
+        "8",
+        "--num-prompts",
+        "16",
+        "--api-key",
+        KEY,
+        "--extra-body",
+        FORCED,
+    ]
+    assert (
+        main.main(["bench", "serve", real_server, "--json", "--prompt-tokens", "9", "--output-tokens", "12", *flags])
+        == 0
+    )
+    (figures,) = json.loads(capsys.readouterr().out)["servers"]
+    assert (figures["completed"], figures["errors"], figures["output_tokens"]) == (16, {}, 16 * 12)
+    assert figures["prompt_tokens"] > 16 * 9
+    assert 0 < figures["ttft_p50_s"] < figures["e2e_p50_s"]
+    assert 0 < figures["tpot_p50_s"] < figures["ttft_p50_s"] + 1

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lmdeploy.cli import lite
 from lmdeploy.cli.main import main
@@ -137,7 +138,12 @@ def test_tutorial_line_runs(
     assert len(greedy(output)[0]) == 6
 
 
-def test_lines_of_version_0_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_sets: FakeDatasets) -> None:
+def test_lines_of_version_0_1(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named_sets: FakeDatasets,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     make_llama(tmp_path / "PATH")
     weights = tmp_path / "workspace" / "triton_models" / "weights"
@@ -151,10 +157,44 @@ def test_lines_of_version_0_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
     assert all((weights / name).stat().st_size == 16 for name in names)
     positional = "lite kv_qparams quant_output workspace/triton_models/weights --kv-bits 8 --kv-sym --num-tp 2"
     assert run_line(positional) == 0
+    assert "nothing reads them there" in capsys.readouterr().err
+    (weights / "config.ini").write_text("[llama]\n")
+    assert run_line(positional) == 0
+    assert "nothing reads them there" not in capsys.readouterr().err
+    (weights / "config.ini").unlink()
     assert (weights / "layers.0.past_kv_scale.1.weight").stat().st_size == 8
     assert run_line("lite auto_awq --model  PATH --w_bits 4 --w_group_size 128 --work_dir ./quant_output") == 0
+    assert "calibrating anew" in capsys.readouterr().err
     names_there = {path.name for path in (tmp_path / "quant_output").iterdir()}
     assert {"inputs_stats.pth", "key_stats.pth", "model.safetensors", "config.json"} <= names_there
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dataset {text} --seqlen 0", "--seqlen 0: at least"),
+        ("--dataset {text} --samples 0", "--samples 0, "),
+        ("--dataset self", "--dataset self: "),
+        ("--dataset no.txt", "'no.txt' is neither"),
+    ],
+)
+def test_bad_input_of_evaluate(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
+    assert run_line(f"lite evaluate {model} {model} {flags.format(text=text)}") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_names_the_model_that_gives_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
+    broken = make_llama(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file(
+        {**weights, "model.norm.weight": weights["model.norm.weight"] * float("nan")}, broken / "model.safetensors"
+    )
+    assert run_line(f"lite evaluate {model} {broken} --dataset {text} --samples 1 --seqlen 32 --json") == 1
+    shown = capsys.readouterr()
+    assert f"error: {broken} predicts NaN" in shown.err
+    assert shown.out == ""
 
 
 def test_kv_qparams_needs_two_folders(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,23 @@ def test_work_dir_that_cannot_be_made(model: Path, tmp_path: Path) -> None:
         quantize(model, text / "out", text)
 
 
+def test_work_dir_that_is_no_folder(model: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    for work_dir in (text, Path("/")):
+        with pytest.raises(ConfigError, match="is no folder that a model can be written to"):
+            quantize(model, work_dir, text)
+    assert [path.name for path in tmp_path.iterdir()] == ["calib.txt"]
+
+
+def test_work_dir_is_here(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, text = tmp_path / "here", write_text(tmp_path)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    quantize(model, Path("."), text, search="none")
+    assert (here / "config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "here"]
+
+
 def test_model_is_not_overwritten_by_itself(model: Path, tmp_path: Path) -> None:
     before = (model / "model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="is the model itself"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdeploy.lite.report import plot_errors
+from lmdeploy.lite.report import format_quality, plot_errors
 from tests.lite.checkpoints import make_llama, quantize, write_text
 
 LAYERS = [{"mlp.down_proj": [0.01, "gptq"], "self_attn.o_proj": [0.0, "clip"]}, {"mlp.down_proj": [0.02, "gptq"]}]
@@ -38,3 +38,8 @@ def test_readme_says_what_was_done_and_shows_answers(tmp_path: Path) -> None:
     assert "int8 weights" in text.replace("Int8", "int8")
     assert text.count("Quantized:") == 2
     assert ("layer_errors.png" in text) == (out / "layer_errors.png").exists()
+
+
+def test_perplexity_of_garbage_is_short() -> None:
+    figures = {"ppl": 1e304, "ppl_ref": 12.5, "kl": 9.0, "top1": 0.0, "bytes": 2**20, "bits_per_weight": 4.5}
+    assert format_quality(figures, 7).startswith("perplexity        1.0e+304   (original 12.500, 7 tokens scored)")

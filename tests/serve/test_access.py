@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -121,6 +122,20 @@ def test_the_size_of_a_body(serve: Any) -> None:
         )
         assert answer.status_code == 413
         assert "1,000 bytes" in error_of(answer)["message"]
+
+
+def test_a_body_that_is_announced_too_large_is_not_waited_for(serve: Any) -> None:
+    served = serve(max_body_bytes=1000, body_timeout_s=60.0)
+
+    async def never() -> Any:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    started = time.monotonic()
+    headers = {"Content-Type": "application/json", "Content-Length": "9" * 30}
+    answer = served.ask("POST", "/v1/completions", content=never(), headers=headers)
+    assert answer.status_code == 413
+    assert time.monotonic() - started < 10
 
 
 def test_a_body_that_never_ends_is_not_waited_for(serve: Any) -> None:

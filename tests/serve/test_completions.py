@@ -85,7 +85,8 @@ def test_offsets_go_on_through_a_stream(serve: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"suffix": "end"}, "suffix"),
+        ({"suffix": "end"}, "no tokens for filling in"),
+        ({"suffix": "end", "echo": True}, "echo"),
         ({"best_of": 3}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"echo": True, "logprobs": 1, "stream": True}, "echo"),
@@ -105,6 +106,20 @@ def test_refusals(serve: Any, fields: dict[str, Any], text: str) -> None:
     answer = serve().complete(**fields)
     assert answer.status_code == 400, answer.text
     assert text in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("form", ["<|fim_{}|>", "<fim_{}>"])
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_suffix_stands_after_what_is_asked_for(serve: Any, form: str, as_ids: bool) -> None:
+    served = serve()
+    tokenizer = served.engine.tokenizer
+    places = {form.format(name): number for number, name in enumerate(("prefix", "suffix", "middle"), 300)}
+    tokenizer.token_to_id = places.get
+    river, sea = tokenizer.encode("the river"), tokenizer.encode("the sea")
+    answer = served.complete(prompt=[river] if as_ids else "the river", suffix="the sea", max_tokens=1)
+    assert answer.status_code == 200, answer.text
+    assert served.client.requests[0].prompt_ids == [300, *river, 301, *sea, 302]
+    assert answer.json()["usage"]["prompt_tokens"] == len(river) + len(sea) + 3
 
 
 def test_spelling_of_logprobs(serve: Any) -> None:

@@ -178,3 +178,23 @@ def test_an_answer_without_a_finite_logit_is_the_requests_fault(serve: Any) -> N
     answer = served.complete(max_tokens=20)
     assert (answer.status_code, error_of(answer)["message"]) == (400, "no finite logit")
     assert served.complete(max_tokens=20).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": 1, "content": "a"}]}, "messages.0.role"),
+        ("/v1/chat/completions", {"messages": HELLO, "stop": ""}, "stop"),
+        ("/v1/chat/completions", {"messages": HELLO, "stop": ["a", 1]}, "stop"),
+        ("/v1/chat/completions", {"messages": HELLO, "tool_choice": "perhaps"}, "tool_choice"),
+        ("/v1/completions", {"prompt": [[-1]]}, "prompt"),
+        ("/v1/responses", {"input": 3}, "input"),
+    ],
+)
+def test_a_field_has_the_name_that_the_client_gave_it(serve: Any, path: str, fields: dict[str, Any], param: str) -> None:
+    """And not one of the forms that were tried for it, such as list[constrained-str]."""
+    error = error_of(serve().post(path, {"model": "tiny", **fields}))
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+    assert "constrained" not in error["message"]

@@ -102,3 +102,11 @@ def test_embeddings_refuse_what_they_cannot(serve: Any) -> None:
         answer = serve().post("/v1/embeddings", {"model": "tiny", "input": "a", **fields})
         assert answer.status_code == 400
         assert next(iter(fields)) in error_of(answer)["message"]
+
+
+def test_ids_beyond_the_vocabulary_are_no_text(serve: Any) -> None:
+    served = serve()
+    answer = served.post("/detokenize", {"tokens": [87, 384]})
+    assert answer.status_code == 400
+    assert "384" in error_of(answer)["message"]
+    assert served.post("/detokenize", {"tokens": [383]}).status_code == 200

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.driver import error_of
+from lmdeploy.engine.request import Request
+from lmdeploy.messages import GenerationConfig
+from lmdeploy.serve.service import Job
+from tests.serve.driver import endless, error_of
 
-# Names that clients of LMDeploy's /metrics look for, less those that need numbers which this engine does not keep.
+# Names that clients of LMDeploy's /metrics look for, less those of speculative decoding.
 METRICS = {
     "num_requests_succeeded", "num_requests_failed", "num_requests_running", "num_requests_waiting", "gpu_cache_usage_perc",
     "prefix_cache_hit_rate", "prompt_tokens", "generation_tokens", "cached_tokens", "request_success",
     "request_prompt_tokens", "request_generation_tokens", "request_cached_tokens", "time_to_first_token_seconds",
-    "time_per_output_token_seconds", "e2e_request_latency_seconds",
+    "time_per_output_token_seconds", "e2e_request_latency_seconds", "num_api_requests_routed", "num_api_requests_waiting",
+    "request_cache_hit_ratio", "iteration_tokens_total", "iter_token_latency", "request_queue_time_seconds",
+    "request_inference_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "backend_config_info",
 }  # fmt: skip
 
 
@@ -63,8 +72,51 @@ def test_metrics_count_answers(serve: Any) -> None:
 def test_metrics_survive_the_engine(serve: Any) -> None:
     served = serve()
     served.complete(max_tokens=3)
+    served.client.stats = lambda: {"num_running": 2.0, "queue_time/0": 3.0, "queue_time/sum": 0.5}
+    assert values(served)["lmdeploy:num_requests_running"] == 2
+    del served.client.stats
     served.client.close()
-    assert values(served)["lmdeploy:num_requests_succeeded"] == 1
+    found = values(served)
+    assert found["lmdeploy:num_requests_succeeded"] == 1
+    assert found["lmdeploy:num_requests_running"] == 0
+    assert found["lmdeploy:request_queue_time_seconds_count"] == 3
+    assert found["lmdeploy:request_queue_time_seconds_sum"] == 0.5
+
+
+def _unhurried(request: Request) -> Iterator[int]:
+    for token in endless(request):
+        time.sleep(0.01)
+        yield token
+
+
+def test_metrics_tell_what_the_engine_has_and_what_waits_for_it(serve: Any) -> None:
+    served = serve(_unhurried)
+    seen: list[dict[str, float]] = []
+
+    async def ask() -> None:
+        job = Job(["the river", "the sea"], GenerationConfig(n=2, max_new_tokens=200), do_preprocess=False, is_streaming=True)
+        async with aclosing(served.service.answer(job)) as responses:
+            while len(served.client.requests) < 4:
+                await anext(responses)
+            seen.append(await asyncio.to_thread(values, served))
+        seen.append(await asyncio.to_thread(values, served))
+
+    asyncio.run(ask())
+    names = ("lmdeploy:num_api_requests_routed", "lmdeploy:num_api_requests_waiting")
+    assert [tuple(found[name] for name in names) for found in seen] == [(4, 0), (0, 0)]
+
+
+def test_what_the_engine_refuses_is_neither_waiting_nor_routed(serve: Any) -> None:
+    served = serve()
+    served.complete(prompt="x " * 300)
+    served.complete(max_tokens=2)
+    assert (served.service.num_routed, served.service.num_active) == (0, 0)
+
+
+def test_metrics_tell_the_engines_settings(serve: Any) -> None:
+    text = serve().get("/metrics").text
+    (line,) = (line for line in text.splitlines() if line.startswith("lmdeploy:backend_config_info{"))
+    assert all(part in line for part in ('session_len="256"', 'dtype="float32"', 'block_size="64"', 'model_name="tiny"'))
 
 
 def test_pages_load_nothing_from_elsewhere(serve: Any) -> None:

@@ -14,6 +14,7 @@ from lmdeploy.kernels.cuda import dense, skinny_gemm
 from lmdeploy.kernels.cuda.skinny_gemm import MAX_TOKENS, Weight
 
 _GROUP_SIZES = (32, 64, 128)
+_EMBEDDED_AT_ONCE = 256  # each row unpacks the 16 of its tile
 
 
 @dataclass(eq=False)
@@ -111,6 +112,8 @@ def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
     """Rows ids [T] of the weight: [T, K] in dtype."""
     if w.copy is not None:
         return w.copy[ids]
+    if len(ids) > _EMBEDDED_AT_ONCE:
+        return torch.cat([embed(part, w, dtype) for part in ids.split(_EMBEDDED_AT_ONCE)])
     weight = w.weight
     tiles = weight.data[:, ids // 16].contiguous()
     q, scales, mins = skinny_gemm.unpack(Weight(tiles, len(ids) * 16, weight.k, 4, weight.group_size, weight.has_zeros))

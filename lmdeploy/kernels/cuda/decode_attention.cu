@@ -100,11 +100,11 @@ decode_attention(const u16* q, const char* k, const char* v, const u32* k_params
   __shared__ int is_last;
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   const u32 ring = smem_u32(smem) + warp * STAGES * STAGE;
-  const int num_items = *total * KV_HEADS;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  const int num_items = *total * KV_HEADS;     // by the kernel before: not to be read any earlier
 
   for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int slot = item / KV_HEADS, head = item % KV_HEADS;

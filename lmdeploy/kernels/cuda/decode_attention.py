@@ -50,6 +50,8 @@ def supports(spec: AttentionSpec, keys: Blocks, values: Blocks) -> bool:
     ):
         return False
     codes = keys if isinstance(keys, Tensor) else keys.codes
+    if codes.stride(0) * codes.element_size() >= 1 << 31:  # the kernel takes the bytes of a block as an int
+        return False
     has_size = all(spec.head_dim in _DIMS[form] for form in forms if form is not None)
     group = spec.num_heads // spec.num_kv_heads
     return has_size and group <= 16 and codes.shape[2] % 16 == 0 and codes.data_ptr() % 16 == 0 and is_available()

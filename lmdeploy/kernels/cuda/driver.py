@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -65,16 +66,17 @@ class Kernel:
             self._attributes[count].value[0] = 1
             count += 1
         self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, self._attributes, count)
+        self._lock = threading.Lock()  # two engines of a process launch from two threads
 
     def __call__(self, blocks: int, arguments: Sequence[Argument]) -> None:
         """Launch on torch's current stream: tensors as pointers, None as the null pointer, int32, float32."""
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        self._config.grid[0] = blocks
-        self._config.stream = torch.cuda.current_stream().cuda_stream
-        _check(
-            _driver().cuLaunchKernelEx(ctypes.byref(self._config), self._function, pointers, None), "cuLaunchKernelEx"
-        )
+        stream = torch.cuda.current_stream().cuda_stream
+        with self._lock:
+            self._config.grid[0], self._config.stream = blocks, stream
+            status = _driver().cuLaunchKernelEx(ctypes.byref(self._config), self._function, pointers, None)
+        _check(status, "cuLaunchKernelEx")
 
 
 def _value(argument: Argument) -> ctypes._SimpleCData[int] | ctypes._SimpleCData[float] | ctypes.c_void_p:

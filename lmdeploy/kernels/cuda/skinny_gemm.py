@@ -17,6 +17,7 @@ MAX_TOKENS = 64
 COLUMNS = 128  # of a unit; K must be a multiple
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _ROW_BYTES = 320  # of 128 16-bit columns in shared memory
+_STATIC_SHARED_BYTES = 2 << 10  # at most, of barriers and a norm's sums
 _NO_EPILOGUE, _RESIDUAL, _GATED = range(3)
 
 
@@ -121,7 +122,8 @@ def pack(q: Tensor, scales: Tensor, mins: Tensor, zeros: Tensor | None) -> Weigh
     units = q.view(tiles, 2, 8, k // COLUMNS, 2, 2, 4, 2, 2, 2).permute(3, 0, 4, 2, 6, 5, 7, 9, 8, 1)
     pairs = units.reshape(k // COLUMNS, tiles, 1024, 2)
     nibbles = pairs[..., 0] | pairs[..., 1] << 4
-    scale = scales.half().clamp(min=2.0**-24)  # the kernel divides by it
+    scale = scales.half()
+    scale = torch.where(scale == 0, 2.0**-24, scale)  # the kernel divides by it; those of GGUF's Q4_0 may be negative
     second = mins.half().view(torch.int16) if zeros is None else zeros.to(torch.int16)
     both = torch.stack([scale.view(torch.int16), second], dim=-1)
     params = both.view(tiles, 16, k // COLUMNS, -1, 2).permute(2, 0, 3, 1, 4).contiguous().view(torch.uint8)
@@ -227,11 +229,16 @@ def choose_tiling(n: int, k: int, m: int, bits: int, unit_bytes: int, is_gated: 
             tiling = Tiling(*found)
             if not (has_norm and tiling.x_stages) and not (is_gated and tiling.row_tiles % 2):
                 return tiling
-    return rule_tiling(n, k, m, unit_bytes, is_gated, num_sms)
+    return rule_tiling(n, k, m, unit_bytes, is_gated, num_sms, _shared_bytes())
 
 
-def rule_tiling(n: int, k: int, m: int, unit_bytes: int, is_gated: bool, num_sms: int) -> Tiling:
-    """Every SM gets whole tiles of rows; K is split over the block's warps, and over clusters where rows are too few."""
+def rule_tiling(
+    n: int, k: int, m: int, unit_bytes: int, is_gated: bool, num_sms: int, shared_bytes: int = 227 << 10
+) -> Tiling:
+    """Every SM gets whole tiles of rows; K is split over the block's warps, and over clusters where rows are too few.
+
+    shared_bytes: of shared memory that a block may take.
+    """
     tiles = -(-n // 16) // (2 if is_gated else 1)
     units, unit = k // COLUMNS, unit_bytes * (2 if is_gated else 1)
     cluster = 1
@@ -240,11 +247,20 @@ def rule_tiling(n: int, k: int, m: int, unit_bytes: int, is_gated: bool, num_sms
         cluster *= 2
     per_block = -(-tiles * cluster // max(num_sms - num_sms % cluster, cluster))
     row_tiles = 1 if per_block == 1 else 2 if per_block <= 4 or m > 32 or is_gated else 4
+    sums = 512 * (1 if m <= 8 else 2 if m <= 16 else 4 if m <= 32 else 8) * (2 if is_gated else 1)
+    while row_tiles > 1 and 8 * row_tiles * max(unit, sums) > shared_bytes - _STATIC_SHARED_BYTES:
+        row_tiles //= 2
     warps_n = next(count for count in (1, 2, 4) if count == 4 or count * row_tiles >= per_block)
     warps_k = 8 // warps_n
     row_blocks = max(-(-tiles // (row_tiles * warps_n)), min(tiles, num_sms // cluster))
     stages = max(1, min(4, 100_000 // (8 * row_tiles * unit), -(-units // (cluster * warps_k))))
     return Tiling(row_tiles * (2 if is_gated else 1), warps_n, warps_k, stages, cluster, row_blocks)
+
+
+def _shared_bytes() -> int:
+    """Of a block at most: 227 KiB from Hopper on, 99 to 163 KiB on older GPUs and those for workstations."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))
 
 
 @functools.cache

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lmdeploy.kernels.reference.attention import Blocks
     from lmdeploy.layers.context import ForwardContext
 
+_GATHERED_BYTES = 1 << 29  # of keys and values that prompts' attention copies at once, a single request's apart
+
 
 class DecodeBuffers:
     """Scratch of decode attention for steps of up to max_batch requests, one set for each form of attention."""
@@ -79,23 +81,47 @@ def attend(
     num_decodes = ctx.num_decodes
     if num_decodes == len(ctx.query_lens):
         return decode_rows(q, keys, values, ctx, spec, dtype)
-    prefilled = prefill_attention(
-        q[num_decodes:],
+    token_bytes = spec.num_kv_heads * (spec.head_dim + spec.value_dim) * q.element_size()
+    runs = _prefill_runs(ctx.context_lens_host, num_decodes, _GATHERED_BYTES // token_bytes)
+    parts = [_prefill_rows(q, keys, values, ctx, spec, dtype, run) for run in runs]
+    if num_decodes:
+        parts.insert(0, decode_rows(q[:num_decodes], keys, values, ctx, spec, dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _prefill_runs(context_lens: list[int], first: int, limit: int) -> list[slice]:
+    """The requests from `first` on, cut where the tokens of their contexts would exceed the limit: many may share a long
+    prefix, which each of them gathers."""
+    runs, start, total = [], first, 0
+    for row in range(first, len(context_lens)):
+        if row > start and total + context_lens[row] > limit:
+            runs.append(slice(start, row))
+            start, total = row, 0
+        total += context_lens[row]
+    return [*runs, slice(start, len(context_lens))]
+
+
+def _prefill_rows(
+    q: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext, spec: AttentionSpec, dtype: torch.dtype, rows: slice
+) -> Tensor:
+    """Some requests of a step, any number of tokens each."""
+    start = sum(ctx.query_lens[: rows.start])
+    query_lens, context_lens = ctx.query_lens[rows], ctx.context_lens_host[rows]
+    name = (rows.start, rows.stop)
+    return prefill_attention(
+        q[start : start + sum(query_lens)],
         keys,
         values,
-        ctx.once("prefill starts", lambda: ctx.cu_seqlens_q[num_decodes:] - num_decodes),
-        ctx.block_tables[num_decodes:],
-        ctx.context_lens[num_decodes:],
-        max(ctx.query_lens),
-        max(ctx.context_lens_host[num_decodes:]),
-        sum(ctx.context_lens_host[num_decodes:]),
+        ctx.once(("prefill starts", name), lambda: ctx.cu_seqlens_q[rows.start : rows.stop + 1] - start),
+        ctx.block_tables[rows],
+        ctx.context_lens[rows],
+        max(query_lens),
+        max(context_lens),
+        sum(context_lens),
         spec,
-        cu_seqlens_k=ctx.once("prefill ends", lambda: running_sum(ctx.context_lens[num_decodes:])),
+        cu_seqlens_k=ctx.once(("prefill ends", name), lambda: running_sum(ctx.context_lens[rows])),
         dtype=dtype,
     )
-    if not num_decodes:
-        return prefilled
-    return torch.cat((decode_rows(q[:num_decodes], keys, values, ctx, spec, dtype), prefilled))
 
 
 def decode_rows(

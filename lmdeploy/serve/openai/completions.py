@@ -18,9 +18,10 @@ from lmdeploy.errors import InvalidParameter
 from lmdeploy.messages import Response
 from lmdeploy.serve.connection import EventStream, while_connected
 from lmdeploy.serve.errors import json_response
+from lmdeploy.serve.openai.infill import infill_prompts
 from lmdeploy.serve.openai.logprobs import completion_logprobs
 from lmdeploy.serve.openai.protocol import CompletionRequest
-from lmdeploy.serve.openai.sampling import check_stream_options, generation_config, refuse_unsupported
+from lmdeploy.serve.openai.sampling import check_stream_options, generation_config
 from lmdeploy.serve.openai.scope import service_of, tenant_of
 from lmdeploy.serve.openai.usage import Usage
 from lmdeploy.serve.service import Job, Service
@@ -34,7 +35,8 @@ router = APIRouter(tags=["OpenAI"])
 async def completions(body: CompletionRequest, request: Request) -> HttpResponse:
     service = service_of(request)
     service.check_model(body.model)
-    answer = _Answer(service, body, tenant_of(request))
+    _check(body)
+    answer = _Answer(service, body, await _prompts(service, body), tenant_of(request))
     if body.stream:
         return EventStream(answer.chunks())
     return json_response(await while_connected(answer.whole(), request.receive))
@@ -47,8 +49,16 @@ def prompt_list(prompt: Sequence[Any] | str) -> list[Prompt]:
     return list(prompt)
 
 
+async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
+    prompts = prompt_list(body.prompt)
+    if not body.suffix:
+        return prompts
+    return await asyncio.to_thread(infill_prompts, service.engine.tokenizer, prompts, body.suffix)
+
+
 def _check(body: CompletionRequest) -> None:
-    refuse_unsupported(body, "suffix")
+    if body.suffix and body.echo:
+        raise InvalidParameter("echo does not go with suffix: leave out one of them")
     check_stream_options(body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidParameter(f"best_of={body.best_of} is not supported: leave it out, and take n answers")
@@ -61,8 +71,7 @@ def _check(body: CompletionRequest) -> None:
 class _Answer:
     """One request's choices, as one object or as chunks."""
 
-    def __init__(self, service: Service, body: CompletionRequest, tenant: str) -> None:
-        _check(body)
+    def __init__(self, service: Service, body: CompletionRequest, prompts: list[Prompt], tenant: str) -> None:
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         config = generation_config(
             body,
@@ -78,7 +87,7 @@ class _Answer:
         self._tokenizer = service.engine.tokenizer
         self._body = body
         self._job = Job(
-            prompt_list(body.prompt),
+            prompts,
             config,
             do_preprocess=False,
             tenant=tenant,

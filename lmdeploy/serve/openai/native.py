@@ -140,6 +140,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> HttpResponse:
 async def detokenize(body: DetokenizeRequest, request: Request) -> HttpResponse:
     service = service_of(request)
     service.check_model(body.model)
+    last = service.engine.client.info.vocab_size - 1
+    if (worst := max(body.tokens, default=0)) > last:
+        raise InvalidParameter(f"tokens holds token id {worst}; this model's ids are 0 to {last}")
     text = await asyncio.to_thread(service.engine.tokenizer.decode, body.tokens, body.skip_special_tokens)
     return json_response({"prompt": text})
 

@@ -1,0 +1,68 @@
+"""What an engine does for a GPU beside its steps, where a CPU can tell: the decode buffers' plan, captures that fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmdeploy.engine import warm_up
+from lmdeploy.models.base import CausalLM
+from lmdeploy.models.config import load_config
+from lmdeploy.models.moe_config import MLAConfig
+from tests.engine.driver import UncapturedGraphs, greedy, make_engine, replay_uncaptured, run
+
+PROMPT = [5, 9, 13]
+
+
+def test_a_capture_that_fails_when_idle_ends_the_captures_and_not_the_engine(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_llama, max_batch_size=4)
+    before = run(engine, [greedy("a", PROMPT)])["a"].token_ids
+    replay_uncaptured(engine, 4)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    del graphs.graphs[2, False]
+
+    def fail(self: UncapturedGraphs, size: int, keeps_logits: bool) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(UncapturedGraphs, "capture", fail)
+    assert engine.stats()["num_pending_graphs"] == 1
+    assert engine.prepare_more()
+    assert engine.stats()["num_pending_graphs"] == 0
+    assert not engine.prepare_more()
+    assert run(engine, [greedy("b", PROMPT)])["b"].token_ids == before
+
+
+class Shape:
+    """The part of a model that the plan asks for."""
+
+    def __init__(self, path: Path, **changes: object) -> None:
+        config = load_config(path, None)
+        changes = {"num_heads": 32, "head_dim": 128, "layer_windows": (None, None), **changes}
+        self.config = replace(config, **changes)  # type: ignore[arg-type]
+        self.dtype = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "floats"),
+    [
+        ({}, 16 * 130),
+        ({"layer_windows": (64, 64)}, 32 * 130),
+        ({"layer_windows": (64, None)}, (32 + 16) * 130),
+        ({"head_dim": 256}, 32 * 258),
+        ({"attention_sinks": True}, 32 * 130),
+        ({"mla": MLAConfig(None, 512, 128, 64, 128)}, 32 * 514),
+    ],
+    ids=str,
+)
+def test_the_plan_counts_the_buffers_of_every_form_of_attention(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], floats: int
+) -> None:
+    monkeypatch.setattr(warm_up, "has_gpu_kernels", lambda: True)
+    model: CausalLM = Shape(tiny_llama, **changes)  # type: ignore[assignment]
+    assert warm_up.buffer_bytes_of(model, 8, 8192) == 8 * 32 * floats * 4
