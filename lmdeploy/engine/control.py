@@ -152,6 +152,7 @@ def _check_fits(engine: Engine, path: Path) -> None:
 
 
 def _free() -> None:
+    gc.unfreeze()  # what the start on a GPU froze
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -22,18 +22,17 @@ from lmdeploy.engine.runner import PendingStep, Runner
 from lmdeploy.engine.sampler import INVALID_TOKEN
 from lmdeploy.engine.scheduler import Scheduler
 from lmdeploy.engine.state import RequestState
-from lmdeploy.engine.step_times import StepTimes
 from lmdeploy.engine.validation import EngineInfo, check_request
 from lmdeploy.errors import ConfigError, InvalidGrammar, InvalidParameter, RequestError
 from lmdeploy.kernels import has_gpu_kernels
 from lmdeploy.layers.context import KVCache
-from lmdeploy.logging import get_logger
 from lmdeploy.messages import QuantPolicy
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.loader import load_model
 
 if TYPE_CHECKING:
     from lmdeploy.engine.guided import Matcher
+    from lmdeploy.engine.step_times import StepTimes
 
 _MAX_BATCH_SIZE = {"cpu": 32, "cuda": 256}
 _MAX_TOKENS_PER_STEP = {"cpu": 512, "cuda": 8192}
@@ -87,7 +86,7 @@ class Engine:
         self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
         self._in_flight: deque[PendingStep] = deque()
         self._states: dict[str, RequestState] = {}
-        self.times = StepTimes()
+        self.times: StepTimes | None = None
 
     def load_model(self) -> CausalLM:
         """The model at `path`, with the engine's settings."""
@@ -116,21 +115,12 @@ class Engine:
             from lmdeploy.engine.warm_up import start_graphs
 
             start_graphs(self.runner, self._max_batch_size, plan.session_len)
-        if device.type == "cuda":
-            gc.collect()
-            gc.freeze()  # a collection that walks all that a model is made of is longer than a step
 
     def drop_runner(self) -> CausalLM:
         """Let go of the runner and its cache; the model that it ran."""
-        self._thaw()
         model = self.runner.model
         del self.runner
         return model
-
-    def _thaw(self) -> None:
-        """Let a collection find what `start_runner` froze."""
-        if self.device.type == "cuda":
-            gc.unfreeze()
 
     @staticmethod
     def _plan_memory(
@@ -204,7 +194,7 @@ class Engine:
         if len(self._in_flight) < self._max_steps_in_flight:
             plan = self.scheduler.schedule()
             if plan is not None:
-                if not self._in_flight:
+                if self.times is not None and not self._in_flight:
                     self.times.begin()
                 self._in_flight.append(self.runner.execute(plan))
                 if len(self._in_flight) < self._max_steps_in_flight:
@@ -214,15 +204,7 @@ class Engine:
     def prepare_more(self) -> bool:
         """With nothing in flight, prepare one more batch size of decode steps; False if all are there."""
         graphs = None if self.asleep or self._in_flight else self.runner.graphs
-        missing = graphs.missing() if graphs is not None else []
-        if graphs is None or not missing:
-            return False
-        try:
-            graphs.capture(*missing[0])
-        except RuntimeError as error:
-            graphs.capture_no_more()
-            get_logger().warning("no more decode steps are captured; larger ones take their place: %s", error)
-        return True
+        return graphs is not None and graphs.capture_next()
 
     def stats(self) -> dict[str, float]:
         """Counters for monitoring."""
@@ -249,7 +231,7 @@ class Engine:
         outputs = self.scheduler.abort_all()
         self._states.clear()
         self._in_flight.clear()
-        self._thaw()
+        gc.unfreeze()  # what the start on a GPU froze
         if "kv_cache" not in self.asleep:
             del self.runner
         self.resting_model = None
@@ -260,8 +242,6 @@ class Engine:
 
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:
         tokens = pending.wait()
-        num_sampled = len(tokens) - tokens.count(None)
-        now = self.times.end_step(sum(entry.num_tokens for entry in pending.plan.scheduled), num_sampled)
         outputs = []
         for state, new_tokens, reason in self.scheduler.update(pending.plan.scheduled, tokens):
             if error := _failure(state, new_tokens):
@@ -273,13 +253,12 @@ class Engine:
             output = state.output(token_ids=new_tokens, finish_reason=reason)
             if state.request_id in pending.reports:
                 pending.reports[state.request_id].add_to(output, state)
-            if new_tokens and state.first_token_s is None:
-                state.first_token_s = now
             if reason is not None:
-                self.times.end_request(state, now)
                 self._forget(state)
             if new_tokens or reason is not None or output.logits is not None or output.hidden_states is not None:
                 outputs.append(output)
+        if self.times is not None:
+            self.times.end_step(pending.plan)
         return outputs
 
     def _forget(self, state: RequestState) -> None:

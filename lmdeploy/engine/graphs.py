@@ -18,6 +18,7 @@ from lmdeploy import kernels
 from lmdeploy.engine.slots import ROW_INTS, Slots
 from lmdeploy.kernels.reference.decode_inputs import DecodeInputs
 from lmdeploy.layers.context import ForwardContext, KVCache
+from lmdeploy.logging import get_logger
 from lmdeploy.models.base import CausalLM
 
 _STEP = 8  # between sizes of the ladder above 8
@@ -58,13 +59,20 @@ class DecodeGraphs:
         self.sizes = sorted({size for size in sizes if size <= max_batch_size} | {max_batch_size})
 
     def missing(self) -> list[tuple[int, bool]]:
-        """Graphs that are not captured yet, the greedy ones first."""
-        wanted = [(size, keeps_logits) for keeps_logits in (False, True) for size in self.sizes]
+        """Graphs that are not captured yet, the small ones first: they lose most where a larger one takes their place."""
+        wanted = [(size, keeps_logits) for size in self.sizes for keeps_logits in (False, True)]
         return [key for key in wanted if key not in self.graphs]
 
-    def capture_no_more(self) -> None:
-        """Leave it at the graphs that there are."""
-        self.sizes = []
+    def capture_next(self) -> bool:
+        """Capture one that is missing; False if none is. After one that fails, for want of memory, none is missing."""
+        missing = self.missing()
+        if missing:
+            try:
+                self.capture(*missing[0])
+            except RuntimeError as error:
+                self.sizes = []
+                get_logger().warning("no more decode steps are captured; larger ones take their place: %s", error)
+        return bool(missing)
 
     def find(self, batch_size: int, keeps_logits: bool) -> tuple[int, Graph] | None:
         """The smallest captured graph that holds the batch, and its size."""

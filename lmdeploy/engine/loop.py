@@ -22,6 +22,7 @@ from lmdeploy.logging import get_logger
 if TYPE_CHECKING:
     from lmdeploy.engine.control import Command, Order
     from lmdeploy.engine.guided import GrammarThreads, GuidedVocabulary, Matcher
+    from lmdeploy.engine.step_times import StepTimes
 
 Publish = Callable[[list[RequestOutput]], None]
 
@@ -38,14 +39,14 @@ _Command: TypeAlias = "_Add | str | Order | None"  # add, abort by id, a command
 class EngineLoop:
     """Owns an engine and its thread. `publish` is called from that thread with every step's news."""
 
-    def __init__(self, path: Path, config: EngineConfig, publish: Publish) -> None:
-        """Loads the model in the caller's thread, so that its errors are the caller's."""
+    def __init__(self, path: Path, config: EngineConfig, publish: Publish, times: StepTimes | None = None) -> None:
+        """Loads the model in the caller's thread, so that its errors are the caller's. times: of its steps."""
         self._engine: Engine | None = Engine(path, config)
         self.info: EngineInfo = self._engine.info
         self.error: EngineDead | None = None
         self.heartbeat = time.monotonic()
         self._stats = self._engine.stats()
-        self._times = self._engine.times
+        self._engine.times = times
         self._publish = publish
         self._live: set[str] = set()
         self._grammars: GrammarThreads | None = None
@@ -93,8 +94,8 @@ class EngineLoop:
             raise self.error
 
     def stats(self) -> dict[str, float]:
-        """The counters after the last step, its times, and the age of the last sign of life of a loop that has work."""
-        return {**self._stats, **self._times.numbers(), "heartbeat_age_s": max(time.monotonic() - self.heartbeat, 0.0)}
+        """The counters after the last step, and the age of the last sign of life of a loop that has work."""
+        return {**self._stats, "heartbeat_age_s": max(time.monotonic() - self.heartbeat, 0.0)}
 
     def close(self) -> None:
         """End all requests, stop the thread, free the engine's memory."""

@@ -19,6 +19,7 @@ from lmdeploy.engine.control import Command
 from lmdeploy.engine.guided import GuidedVocabulary
 from lmdeploy.engine.loop import EngineLoop
 from lmdeploy.engine.request import Request, RequestOutput
+from lmdeploy.engine.step_times import StepTimes
 from lmdeploy.engine.validation import check_request
 from lmdeploy.engine.wire import (
     Abort,
@@ -174,13 +175,13 @@ def serve(sock: socket.socket) -> None:
                 publish([RequestOutput(outputs[0].request_id, finish_reason="error", error=error)])
 
     try:
-        loop = EngineLoop(Path(start.path), start.config, publish)
+        loop = EngineLoop(Path(start.path), start.config, publish, times := StepTimes())
     except Exception as error:
         _try_send(connection, to_failure(error))
         return
     _try_send(connection, Ready(loop.info, loop.stats()))
     stop = threading.Event()
-    reporter = threading.Thread(target=_report_stats, args=(connection, loop, stop), daemon=True)
+    reporter = threading.Thread(target=_report_stats, args=(connection, loop, times, stop), daemon=True)
     reporter.start()
     while isinstance(message := connection.receive(), (LoadVocabulary, Submit, Abort, Control)):
         if isinstance(message, Submit):
@@ -205,12 +206,12 @@ def _control(connection: Connection, loop: EngineLoop, message: Control) -> None
     _try_send(connection, Done(message.number, failure))
 
 
-def _report_stats(connection: Connection, loop: EngineLoop, stop: threading.Event) -> None:
+def _report_stats(connection: Connection, loop: EngineLoop, times: StepTimes, stop: threading.Event) -> None:
     while not stop.wait(_STATS_INTERVAL_S):
         if loop.error is not None:  # this process is of no use any more, and its end says so to the client
             connection.close()
             return
-        _try_send(connection, Stats(loop.stats()))
+        _try_send(connection, Stats({**loop.stats(), **times.numbers()}))
 
 
 def _try_send(connection: Connection, message: FromEngine) -> None:

@@ -6,11 +6,12 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
+from lmdeploy.engine.scheduler import StepPlan
 from lmdeploy.engine.state import RequestState
 
 _TOKENS = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16_384.0)
 _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_REQUEST_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 480.0, 1920.0)
+_REQUEST_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 480.0, 1920.0)
 
 # Upper bounds of the buckets by name; seconds, but for the tokens of a step.
 BOUNDS: dict[str, tuple[float, ...]] = {
@@ -35,24 +36,27 @@ class StepTimes:
         """A step starts on an engine that had none in flight; the time before it is nobody's."""
         self._last_s = time.monotonic()
 
-    def end_step(self, num_tokens: int, num_sampled: int) -> float:
-        """A step has ended that computed so many tokens and gave so many; the time of its end."""
+    def end_step(self, plan: StepPlan) -> None:
+        """A step has ended, and what it gave is known to its requests."""
         now = time.monotonic()
-        self._observe("iteration_tokens", num_tokens)
-        if num_sampled:
+        self._observe("iteration_tokens", sum(entry.num_tokens for entry in plan.scheduled))
+        if num_sampled := sum(entry.samples for entry in plan.scheduled):
             self._observe("iter_token_latency", now - self._last_s, num_sampled)
         self._last_s = now
-        return now
+        for entry in plan.scheduled:
+            state = entry.state
+            if entry.samples and state.first_token_s is None:
+                state.first_token_s = now
+            if state.is_finished and state.started_s is not None:
+                self._end(state, state.started_s, now)
+                state.started_s = None  # another of its steps may still be in flight
 
-    def end_request(self, state: RequestState, now: float) -> None:
-        """A request has come to its end."""
-        if state.started_s is None:
-            return
+    def _end(self, state: RequestState, started_s: float, now: float) -> None:
         first_s = now if state.first_token_s is None else state.first_token_s
-        self._observe("queue_time", state.started_s - state.queued_s)
-        self._observe("prefill_time", first_s - state.started_s)
+        self._observe("queue_time", started_s - state.queued_s)
+        self._observe("prefill_time", first_s - started_s)
         self._observe("decode_time", now - first_s)
-        self._observe("inference_time", now - state.started_s)
+        self._observe("inference_time", now - started_s)
 
     def numbers(self) -> dict[str, float]:
         """For `read`: the count of each bucket as NAME/NUMBER, and the sum as NAME/sum."""

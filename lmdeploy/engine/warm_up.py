@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from lmdeploy.engine.runner import Runner
@@ -59,6 +61,8 @@ def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
         runner.graphs = None
         get_logger().warning("decode steps of %s run without CUDA graphs: %s", model.config.architecture, error)
     torch.cuda.synchronize()
+    gc.collect()
+    gc.freeze()  # a collection that walks all that a model is made of takes longer than a step
 
 
 def _copied_methods(model: CausalLM) -> list[AffineMethod]:

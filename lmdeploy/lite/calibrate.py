@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmdeploy.errors import CheckpointError
+from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.lite import naming
 from lmdeploy.lite.bar import progress_bar
 from lmdeploy.lite.export import full_disk_is_an_error
@@ -34,6 +34,8 @@ def calibrate(model: Path, settings: CalibrationSettings, tell: Tell) -> list[Pa
     """Write the statistics into settings.work_dir; returns the files. Raises LMDeployError."""
     stream = LayerStream(model, torch.device(settings.device))
     folder = settings.work_dir
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--work-dir {folder} is no folder; choose another")
     with full_disk_is_an_error(folder):
         existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)

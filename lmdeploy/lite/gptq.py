@@ -8,35 +8,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmdeploy.errors import CheckpointError
 from lmdeploy.lite.grids import Grid
 
 _BLOCK = 64
-DAMPING = 0.01
+_DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
-def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
+def damped(moment: Tensor, damping: float) -> Tensor:
     """The second moment [K, K] with a share of its mean diagonal added to the diagonal."""
     mean = moment.diagonal().mean().clamp(min=1e-12)
     return moment + torch.eye(len(moment), device=moment.device) * (damping * mean)
 
 
-def inverse_factor(moment: Tensor) -> Tensor:
-    """Upper Cholesky factor U of the inverse, U^T U = moment^-1; damped more until it exists."""
-    damping = DAMPING
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(damped(moment, damping))
+def factors(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper Cholesky factors L and U of the moment and its inverse, L L^T = moment, U^T U = moment^-1.
+
+    The moment is damped more until both exist. Raises CheckpointError for one that holds anything but numbers.
+    """
+    for damping in _DAMPINGS if torch.isfinite(moment).all() else ():
+        lower, failed = torch.linalg.cholesky_ex(damped(moment, damping))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper
-        damping *= 10
+                return lower, upper
+    raise CheckpointError("its inputs are NaN, infinite or too large: the weights before it are damaged")
 
 
 def gptq_round(weight: Tensor, moment: Tensor, grid: Grid) -> Tensor:
     """Codes [N, K], float32, of a weight [N, K] whose inputs have the second moment [K, K]."""
     spec = grid.spec
     order = moment.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_factor(moment[order][:, order])
+    _, upper = factors(moment[order][:, order])
     groups = order // spec.group_size
     rest = weight[:, order].t().contiguous()  # [K, N]: columns of the weight are rows here
     scales = grid.scale.t()[groups].contiguous()

@@ -40,7 +40,15 @@ from lmdeploy.lite.layer import (
 )
 from lmdeploy.lite.moments import install_recorder
 from lmdeploy.lite.partial import Partial, StoredLayer
-from lmdeploy.lite.report import SAMPLE_PROMPTS, Run, format_quality, quality, sample_answers, write_report
+from lmdeploy.lite.report import (
+    SAMPLE_PROMPTS,
+    Run,
+    format_quality,
+    model_name,
+    quality,
+    sample_answers,
+    write_report,
+)
 from lmdeploy.lite.schemes import Scheme, input_sizes, make_scheme
 from lmdeploy.lite.settings import SMOOTH_QUANT, Settings
 from lmdeploy.lite.stream import LayerStream
@@ -126,14 +134,21 @@ def _tell_group_size(stream: LayerStream, settings: Settings, scheme: Scheme, te
 def _fingerprint(model: Path, stream: LayerStream, settings: Settings, scheme: Scheme) -> dict[str, Any]:
     """What must be equal for a finished layer to be used again."""
     files = [model] if model.is_file() else sorted(model.glob("*.safetensors")) + sorted(model.glob("*.bin"))
+    text = Path(settings.calib_dataset).expanduser()
     return {
-        "model": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "model": [_stamp(file) for file in files],
         "layers": stream.num_layers,
         "calibration": [settings.calib_dataset, settings.calib_samples, settings.calib_seqlen],
+        "text": _stamp(text) if text.is_file() else None,
         "batch_size": settings.batch_size,
         "scheme": scheme.key,
         "device": settings.device,
     }
+
+
+def _stamp(file: Path) -> list[Any]:
+    """What changes with a file's content."""
+    return [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _windows(model: Path, partial: Partial, settings: Settings, tell: Tell) -> Windows:
@@ -280,7 +295,7 @@ def _prove(
         both = [sample_answers(path, settings.device) for path in (stream.path, draft)]
         answers = list(zip(SAMPLE_PROMPTS, *both, strict=True))
     layers = [_stored(partial, index).report for index in range(stream.num_layers)]
-    run = Run(stream.path.name, scheme.title, scheme.command, scheme.summary)
+    run = Run(model_name(stream.path), scheme.title, scheme.command, scheme.summary)
     if not write_report(draft, figures, comparison.num_scored, run, layers, answers):
         tell("no plot of the layers' errors: matplotlib is not installed (pip install 'lmdeploy[lite]')")
     return figures

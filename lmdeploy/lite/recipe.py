@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.lite.gptq import damped, gptq_round
+from lmdeploy.lite.gptq import factors, gptq_round
 from lmdeploy.lite.grids import Grid, GridSpec, clipped_grid, plain_grid
 from lmdeploy.lite.moments import Key, Moments
 from lmdeploy.lite.scaling import ScaleGroup, Unit, fixed_scale, output_error, searched_scale
@@ -107,7 +107,10 @@ class AffineRecipe:
     def round(self, unit: Unit, statistics: Statistics) -> Rounded:
         """Round one unit's weight."""
         weight, (fitted, held_out) = unit.weight, statistics.of(unit)
-        candidates = self._candidates(unit, fitted)
+        try:
+            candidates = self._candidates(unit, fitted)
+        except CheckpointError as error:
+            raise CheckpointError(f"{unit.path}: {error}") from error
         drift = _drift(weight, held_out)
         errors = {
             name: _judged(grid.values(codes) - weight, held_out, drift) for name, (grid, codes) in candidates.items()
@@ -131,8 +134,9 @@ class AffineRecipe:
         candidates = {"clip": (grid, grid.round(weight))}
         if self.search == "best":
             candidates["gptq"] = grid, gptq_round(weight, fitted.square, grid)
+            change = compensation(weight, fitted)
             for share in _COMPENSATIONS if fitted.drift is not None else ():
-                target = weight + share * compensation(weight, fitted)
+                target = weight + share * change
                 grid = clipped_grid(target, importance, spec)
                 candidates[f"gptq+{share:g}"] = grid, gptq_round(target, fitted.square, grid)
         return candidates
@@ -143,8 +147,7 @@ def compensation(weight: Tensor, moments: Moments) -> Tensor:
     drift = _drift(weight, moments)
     if drift is None:
         return torch.zeros_like(weight)
-    factor = torch.linalg.cholesky(damped(moments.square))
-    return torch.cholesky_solve(drift.t(), factor).t()
+    return torch.cholesky_solve(drift.t(), factors(moments.square)[0]).t()
 
 
 def _drift(weight: Tensor, moments: Moments) -> Tensor | None:

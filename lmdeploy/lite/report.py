@@ -6,6 +6,7 @@ It measures nothing but the sizes of files.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from lmdeploy.errors import LMDeployError
 from lmdeploy.lite.compare import Comparison
+from lmdeploy.workspace import WEIGHTS
 
 SAMPLE_PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -54,6 +56,15 @@ def format_quality(figures: Mapping[str, Any], num_scored: int) -> str:
             f"size              {figures['bytes'] / 2**20:.1f} MiB, {figures['bits_per_weight']:.2f} bits per weight",
         ]
     )
+
+
+def model_name(path: Path) -> str:
+    """What people call the model at `path`: a repository on a hub, a workspace, a folder or a file."""
+    path = Path(os.path.abspath(path))
+    cached = [part for part in path.parts if part.startswith("models--")]
+    if cached:  # .../models--owner--name/snapshots/COMMIT
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    return path.parent.parent.name if path.parts[-2:] == WEIGHTS.parts else path.name
 
 
 def _short(perplexity: float) -> str:

@@ -169,8 +169,10 @@ def _validation_problem(error: RequestValidationError) -> Problem:
         texts = found.setdefault(_field_of(item["loc"]), [])
         if item["msg"] not in texts:
             texts.append(item["msg"])
-    told = [f"{where}: {', or '.join(texts)}" if where else ", or ".join(texts) for where, texts in found.items()]
-    return refusal(400, "; ".join(told) or "the request is malformed", next(iter(found), None) or None)
+    # Of a field that may have several forms, what was found deepest is about the one that the client meant.
+    fields = [where for where in found if not any(other.startswith(f"{where}.") for other in found)]
+    told = [(f"{where}: " if where else "") + ", or ".join(found[where]) for where in fields]
+    return refusal(400, "; ".join(told) or "the request is malformed", fields[0] or None if fields else None)
 
 
 def _field_of(location: Sequence[str | int]) -> str:

@@ -33,8 +33,8 @@ class PatientProtocol(H11Protocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer = _cancelled(self._head_timer)
-        self._stalled_timer = _cancelled(self._stalled_timer)
+        self._stop_head_timer()
+        self._stop_stalled_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -42,14 +42,14 @@ class PatientProtocol(H11Protocol):
             self._await_head()
         super().data_received(data)
         if not self._is_between_requests():
-            self._head_timer = _cancelled(self._head_timer)
+            self._stop_head_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stalled_timer = self.loop.call_later(self.stalled_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._stalled_timer = _cancelled(self._stalled_timer)
+        self._stop_stalled_timer()
         super().resume_writing()
 
     def _await_head(self) -> None:
@@ -62,7 +62,12 @@ class PatientProtocol(H11Protocol):
     def _is_between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _stop_stalled_timer(self) -> None:
+        if self._stalled_timer is not None:
+            self._stalled_timer.cancel()
+            self._stalled_timer = None

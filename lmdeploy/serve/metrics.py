@@ -19,6 +19,15 @@ _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.
 _PER_TOKEN_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+# As the engine names its histograms, what they are called here, and what they count.
+_ENGINE_TIMES = {
+    "iteration_tokens": ("iteration_tokens_total", "tokens computed in a step of the engine"),
+    "iter_token_latency": ("iter_token_latency", "seconds of the step that gave a token, by token"),
+    "queue_time": ("request_queue_time_seconds", "from the engine's queue into its batch"),
+    "prefill_time": ("request_prefill_time_seconds", "from the batch to the first token"),
+    "decode_time": ("request_decode_time_seconds", "from the first token to the last"),
+    "inference_time": ("request_inference_time_seconds", "from the batch to the last token"),
+}
 
 
 class Metrics:
@@ -44,7 +53,9 @@ class Metrics:
             "num_running": self._gauge("num_requests_running", "requests in the engine's batch"),
             "num_waiting": self._gauge("num_requests_waiting", "requests that wait for the engine's batch"),
             "num_api_routed": self._gauge("num_api_requests_routed", "answers that the engine works on or has queued"),
-            "num_api_waiting": self._gauge("num_api_requests_waiting", "answers that the engine has not been given yet"),
+            "num_api_waiting": self._gauge(
+                "num_api_requests_waiting", "answers that the engine has not been given yet"
+            ),
             "num_preemptions": self._gauge(
                 "num_preemptions", "requests that gave their blocks back to be computed anew"
             ),
@@ -131,22 +142,13 @@ class Metrics:
 class _EngineTimes(Collector):
     """The histograms that the engine keeps itself, as it last told of them."""
 
-    _TEXTS = {
-        "iteration_tokens": ("iteration_tokens_total", "tokens computed in a step of the engine"),
-        "iter_token_latency": ("iter_token_latency", "seconds of the step that gave a token, by token"),
-        "queue_time": ("request_queue_time_seconds", "from the engine's queue into its batch"),
-        "prefill_time": ("request_prefill_time_seconds", "from the batch to the first token"),
-        "decode_time": ("request_decode_time_seconds", "from the first token to the last"),
-        "inference_time": ("request_inference_time_seconds", "from the batch to the last token"),
-    }
-
     def __init__(self, labels: tuple[str, str], numbers: Callable[[], Mapping[str, float]]) -> None:
         self._labels = labels
         self._numbers = numbers
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         numbers = self._numbers()
-        for key, (name, text) in self._TEXTS.items():
+        for key, (name, text) in _ENGINE_TIMES.items():
             family = HistogramMetricFamily(f"lmdeploy:{name}", text, labels=_LABELS)
             buckets, total = read(numbers, key)
             family.add_metric(self._labels, buckets, total)

@@ -81,7 +81,9 @@ class BodyLimits:
             await self._app(scope, receive, send)
             return
         try:
-            body = self._announced(scope) or await asyncio.wait_for(self._read(receive), self._timeout_s)
+            body: bytes | Problem | None = self._announced(scope)
+            if body is None:
+                body = await asyncio.wait_for(self._read(receive), self._timeout_s)
         except asyncio.TimeoutError:
             body = refusal(408, f"the body did not arrive within {self._timeout_s:g} seconds")
         if isinstance(body, bytes) and body:

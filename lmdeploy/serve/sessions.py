@@ -44,10 +44,11 @@ class Sessions:
         conversation.is_busy = True
         return conversation
 
-    def end(self, tenant: str, session_id: int, said: list[dict[str, Any]], num_tokens: int) -> None:
+    def end(
+        self, tenant: str, session_id: int, conversation: Conversation, said: list[dict[str, Any]], num_tokens: int
+    ) -> None:
         """Keep a turn: the messages that are new, and the tokens so far. Without messages nothing was said."""
-        conversation = self._items.get((tenant, session_id))
-        if conversation is None:  # forgotten meanwhile
+        if self._items.get((tenant, session_id)) is not conversation:  # forgotten meanwhile, perhaps begun anew
             return
         conversation.is_busy = False
         if said:

@@ -15,8 +15,6 @@ from lmdeploy.tokenizer.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from lmdeploy.tokenizer.added_tokens import AddedToken
 
-_LONG_TEXT_CHARS = 1 << 14
-
 
 class HuggingFaceVocabulary(Vocabulary):
     """A `tokenizers.Tokenizer` with the text of each token worked out once.
@@ -59,11 +57,8 @@ class HuggingFaceVocabulary(Vocabulary):
         self._tokenizer.save(str(folder / "tokenizer.json"))
 
     def encode(self, text: str) -> list[int]:
-        if len(text) > _LONG_TEXT_CHARS:  # only this call lets other threads run meanwhile; a server's need to
-            encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        else:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ids: list[int] = encoding.ids
+        # Unlike `encode`, this lets other threads run meanwhile, as a server's event loop has to.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def token_to_bytes(self, token_id: int) -> bytes:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -233,6 +236,26 @@ def test_bad_input_is_one_line(
     assert len(errors) == 1
     assert errors[0].startswith(message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "model"]
+
+
+def test_killed_process_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
+    flags = f"--calib-dataset {text} --calib-samples 64 --calib-seqlen 128 --w-group-size 32 --no-samples --device cpu"
+    line = f"lite auto_awq {model} {flags} --work-dir"
+    killed, partial = tmp_path / "killed", tmp_path / "killed.partial"
+    with subprocess.Popen(
+        [sys.executable, "-m", "lmdeploy", *shlex.split(line), str(killed)], stderr=subprocess.DEVNULL
+    ) as process:
+        while not list(partial.glob("layer-*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not killed.exists()
+    assert run_line(f"{line} {killed}") == run_line(f"{line} {tmp_path / 'whole'}") == 0
+    assert not partial.exists()
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole"))
+    assert first == second
 
 
 def test_commands_run_and_agree(tmp_path: Path) -> None:

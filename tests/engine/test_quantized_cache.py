@@ -45,11 +45,11 @@ def test_a_crowded_engine_answers_as_one_by_one(tiny_llama: Path, policy: QuantP
     assert crowded.stats()["num_preemptions"] > 0
     assert crowded.stats()["num_free_blocks"] == NUM_BLOCKS
     for i, ids in enumerate(prompts):
-        sampling = SamplingParams(max_new_tokens=60, return_logits="generation")
-        expected = run(plain, [Request("r", ids, sampling)])["r"]
+        request = Request("r", ids, SamplingParams(max_new_tokens=60, return_logits="generation"))
+        expected = run(plain, [request])["r"]
         assert outputs[str(i)].cached_tokens == 40
         assert expected.logits is not None
-        assert_same_until_a_tie(expected.logits, expected.token_ids, outputs[str(i)].token_ids)
+        assert_same_until_a_tie(request, expected.logits, expected.token_ids, outputs[str(i)].token_ids)
 
 
 @pytest.mark.parametrize(("policy", "within"), [(8, 0.03), (84, 0.3), (4, 0.6), (16, 0.2), (17, 0.4)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lmdeploy.errors import ConfigError, LMDeployError
 from lmdeploy.lite import quantize as command
@@ -51,9 +52,18 @@ def test_other_settings_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not any("interrupted" in line for line in told)
 
 
-def test_broken_weights_name_the_layer(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_another_text_under_the_same_name_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
+    monkeypatch.setattr(command, "_assemble", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", text, search="none")
+    monkeypatch.undo()
+    text.write_text(text.read_text() + " And one more.")
+    _, told = quantize(model, tmp_path / "out", text, search="none")
+    assert not any("interrupted" in line for line in told)
 
+
+def test_broken_weights_name_the_layer(tmp_path: Path) -> None:
     model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
@@ -65,6 +75,16 @@ def test_broken_weights_name_the_layer(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["auto_awq", "auto_gptq", "smooth_quant"])
+def test_broken_inputs_of_a_linear_name_the_layer(command: str, tmp_path: Path) -> None:
+    model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    with pytest.raises(LMDeployError, match=r"layer 1, self_attn\.qkv_proj"):
+        quantize(model, tmp_path / "out", text, command=command)
+
+
 @pytest.mark.parametrize(
     ("name", "factor", "message"),
     [("model.norm.weight", float("nan"), "holds NaN"), ("lm_head.weight", 1e6, "try --dtype|--dtype bfloat16")],
@@ -72,8 +92,6 @@ def test_broken_weights_name_the_layer(tmp_path: Path) -> None:
 def test_damage_outside_the_layers_is_found_before_they_are_read(
     name: str, factor: float, message: str, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     model, text = make_llama(tmp_path / "model"), write_text(tmp_path)
     weights = load_file(model / "model.safetensors")
     save_file({**weights, name: weights[name] * factor}, model / "model.safetensors")

@@ -110,6 +110,13 @@ def test_model_is_not_overwritten_by_itself(model: Path, tmp_path: Path) -> None
     assert (model / "model.safetensors").read_bytes() == before
 
 
+def test_calibration_into_a_file(model: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    with pytest.raises(ConfigError, match=r"calib\.txt is no folder"):
+        calibration.calibrate(model, CalibrationSettings(text, str(text), 4, 32), lambda text: None)
+    assert text.read_text()
+
+
 def test_calibration_onto_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = CalibrationSettings(tmp_path / "out", str(write_text(tmp_path)), 4, 32)
     monkeypatch.setattr(calibration.torch, "save", no_space)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lmdeploy.lite.gptq import gptq_round
+from lmdeploy.errors import CheckpointError
+from lmdeploy.lite.gptq import factors, gptq_round
 from lmdeploy.lite.grids import Grid, GridSpec, clipped_grid, plain_grid
 from lmdeploy.lite.scaling import output_error
 from lmdeploy.quantization.export import awq_tensors
@@ -63,6 +65,16 @@ def test_gptq_is_rounding_where_inputs_are_independent() -> None:
     weight = random_weight()
     grid = plain_grid(weight, SPEC)
     assert torch.equal(gptq_round(weight, torch.eye(128), grid), grid.round(weight))
+
+
+def test_factors_of_moments_of_every_kind() -> None:
+    lower, upper = factors(correlated_moment())
+    torch.testing.assert_close(upper.t() @ upper @ (lower @ lower.t()), torch.eye(128), atol=1e-2, rtol=0)
+    for moment in (torch.zeros(64, 64), torch.full((64, 64), 1e30)):  # of no token, and of one that repeats
+        assert all(torch.isfinite(factor).all() for factor in factors(moment))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match="NaN, infinite"):
+            factors(torch.full((4, 4), value))
 
 
 def test_stored_tensors_are_the_values_that_codes_were_chosen_for() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdeploy.lite.report import format_quality, plot_errors
+from lmdeploy.lite.report import format_quality, model_name, plot_errors
 from tests.lite.checkpoints import make_llama, quantize, write_text
 
 LAYERS = [{"mlp.down_proj": [0.01, "gptq"], "self_attn.o_proj": [0.0, "clip"]}, {"mlp.down_proj": [0.02, "gptq"]}]
@@ -38,6 +38,19 @@ def test_readme_says_what_was_done_and_shows_answers(tmp_path: Path) -> None:
     assert "int8 weights" in text.replace("Int8", "int8")
     assert text.count("Quantized:") == 2
     assert ("layer_errors.png" in text) == (out / "layer_errors.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/x/hub/models--owner--some-name/snapshots/0123abcd", "owner/some-name"),
+        ("/x/workspace/triton_models/weights", "workspace"),
+        ("/x/llama/", "llama"),
+        ("/x/model.gguf", "model.gguf"),
+    ],
+)
+def test_name_of_a_model(path: str, name: str) -> None:
+    assert model_name(Path(path)) == name
 
 
 def test_perplexity_of_garbage_is_short() -> None:

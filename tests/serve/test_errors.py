@@ -12,7 +12,7 @@ from lmdeploy import errors
 from lmdeploy.engine.request import Request
 from lmdeploy.errors import EngineDead, LMDeployError
 from lmdeploy.serve import errors as http
-from tests.serve.driver import endless, error_of, events
+from tests.serve.driver import HELLO, endless, error_of, events
 
 SECRET = "at /home/someone/model, line 7"
 STATUS = {
@@ -186,13 +186,15 @@ def test_an_answer_without_a_finite_logit_is_the_requests_fault(serve: Any) -> N
         ("/v1/chat/completions", {"messages": []}, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": 1, "content": "a"}]}, "messages.0.role"),
         ("/v1/chat/completions", {"messages": HELLO, "stop": ""}, "stop"),
-        ("/v1/chat/completions", {"messages": HELLO, "stop": ["a", 1]}, "stop"),
+        ("/v1/chat/completions", {"messages": HELLO, "stop": ["a", 1]}, "stop.1"),
         ("/v1/chat/completions", {"messages": HELLO, "tool_choice": "perhaps"}, "tool_choice"),
-        ("/v1/completions", {"prompt": [[-1]]}, "prompt"),
+        ("/v1/completions", {"prompt": [[-1]]}, "prompt.0.0"),
         ("/v1/responses", {"input": 3}, "input"),
     ],
 )
-def test_a_field_has_the_name_that_the_client_gave_it(serve: Any, path: str, fields: dict[str, Any], param: str) -> None:
+def test_a_field_has_the_name_that_the_client_gave_it(
+    serve: Any, path: str, fields: dict[str, Any], param: str
+) -> None:
     """And not one of the forms that were tried for it, such as list[constrained-str]."""
     error = error_of(serve().post(path, {"model": "tiny", **fields}))
     assert error["param"] == param

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -70,10 +71,8 @@ def address(app: _App) -> Iterator[tuple[str, int]]:
 def seconds_until_cut(sock: socket.socket) -> float:
     started = time.monotonic()
     sock.settimeout(10)
-    try:
+    with contextlib.suppress(ConnectionResetError):
         assert sock.recv(1) == b""
-    except ConnectionResetError:
-        pass
     return time.monotonic() - started
 
 
@@ -87,7 +86,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(address: tuple[str, int], s
 def test_a_head_that_drips_is_cut_too(address: tuple[str, int]) -> None:
     with socket.create_connection(address) as sock:
         started = time.monotonic()
-        with pytest.raises(OSError):
+        with contextlib.suppress(ConnectionError):
             for number in range(200):
                 sock.sendall(REQUEST[number : number + 1] or b"x")
                 time.sleep(0.05)

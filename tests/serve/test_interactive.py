@@ -121,15 +121,18 @@ def test_what_is_not_there_is_refused(serve: Any) -> None:
 def test_sessions_are_bounded() -> None:
     sessions = Sessions(max_sessions=2, max_bytes=500)
     for number in range(3):
-        assert sessions.begin("", number).said == []
-        sessions.end("", number, [{"role": "user", "content": str(number)}], 5)
+        conversation = sessions.begin("", number)
+        assert conversation.said == []
+        sessions.end("", number, conversation, [{"role": "user", "content": str(number)}], 5)
     assert len(sessions) == 2
-    assert sessions.begin("", 0).said == []  # forgotten
-    sessions.end("", 0, [], 0)
-    assert sessions.begin("", 2).said == [{"role": "user", "content": "2"}]
-    sessions.end("", 2, [{"role": "user", "content": "x" * 600}], 5)
+    forgotten = sessions.begin("", 0)
+    assert forgotten.said == []
+    sessions.end("", 0, forgotten, [], 0)
+    kept = sessions.begin("", 2)
+    assert kept.said == [{"role": "user", "content": "2"}]
+    sessions.end("", 2, kept, [{"role": "user", "content": "x" * 600}], 5)
     assert len(sessions) == 0
-    sessions.end("", 2, [], 0)  # of a turn whose session has gone meanwhile
+    sessions.end("", 2, kept, [], 0)  # of a turn whose session has gone meanwhile
     assert len(sessions) == 0
 
 

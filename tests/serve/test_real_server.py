@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +229,38 @@ def test_health_tells_of_the_engines_death(tiny: Path) -> None:
             with pytest.raises(openai.InternalServerError) as dead:
                 client.completions.create(max_tokens=1, **fields)
             assert dead.value.status_code == 503
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals that stop a process")
+def test_every_waiting_request_hears_of_the_engines_death(tiny: Path) -> None:
+    more = {"model": "tiny", "max_tokens": 400}
+    said = {"messages": [{"role": "user", "content": "the river"}], **more}
+    asked = {
+        "/v1/completions": {"prompt": "the river", **more},
+        "/v1/chat/completions": said,
+        "/v1/messages": said,
+        "/v1/responses": {"model": "tiny", "input": "the river"},
+    }
+    with running(tiny) as (url, service), ThreadPoolExecutor(8) as threads:
+        client = service.engine.client
+        assert isinstance(client, ProcessClient)
+        client.process.send_signal(signal.SIGSTOP)  # so that none is answered before
+
+        def ask(path: str, is_streaming: bool) -> httpx2.Response:
+            headers = {"Authorization": f"Bearer {KEY}"}
+            return httpx2.post(url + path, json={**asked[path], "stream": is_streaming}, headers=headers, timeout=20)
+
+        waiting = [threads.submit(ask, path, is_streaming) for path in asked for is_streaming in (False, True)]
+        deadline = time.monotonic() + 20
+        while service.num_routed < len(waiting) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert service.num_routed == len(waiting)
+        client.process.kill()
+        killed = time.monotonic()
+        answers = [one.result() for one in waiting]
+        assert time.monotonic() - killed < 2.0
+        for answer in answers:
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["error"]["message"].startswith("the engine has stopped")
+            assert answer.json()["error"]["type"] in ("service_unavailable", "overloaded_error")
+        assert (service.num_active, service.num_routed, service.num_tokens) == (0, 0, 0)

@@ -94,7 +94,9 @@ def test_metrics_tell_what_the_engine_has_and_what_waits_for_it(serve: Any) -> N
     seen: list[dict[str, float]] = []
 
     async def ask() -> None:
-        job = Job(["the river", "the sea"], GenerationConfig(n=2, max_new_tokens=200), do_preprocess=False, is_streaming=True)
+        job = Job(
+            ["the river", "the sea"], GenerationConfig(n=2, max_new_tokens=200), do_preprocess=False, is_streaming=True
+        )
         async with aclosing(served.service.answer(job)) as responses:
             while len(served.client.requests) < 4:
                 await anext(responses)
@@ -116,7 +118,9 @@ def test_what_the_engine_refuses_is_neither_waiting_nor_routed(serve: Any) -> No
 def test_metrics_tell_the_engines_settings(serve: Any) -> None:
     text = serve().get("/metrics").text
     (line,) = (line for line in text.splitlines() if line.startswith("lmdeploy:backend_config_info{"))
-    assert all(part in line for part in ('session_len="256"', 'dtype="float32"', 'block_size="64"', 'model_name="tiny"'))
+    assert all(
+        part in line for part in ('session_len="256"', 'dtype="float32"', 'block_size="64"', 'model_name="tiny"')
+    )
 
 
 def test_pages_load_nothing_from_elsewhere(serve: Any) -> None:

@@ -335,3 +335,24 @@ def test_every_name_makes_formats(engine: AsyncEngine) -> None:
         assert AnswerFormats(engine, name).tool_parser is parser
     for name in REASONING_PARSERS:
         assert AnswerFormats(engine, None, name).reasoning == name
+
+
+@pytest.mark.parametrize("num_properties", [1, 60])
+def test_too_many_tools_are_told_so(scripted: Callable[..., Served], num_properties: int) -> None:
+    """And not of a grammar, which the client has never sent."""
+    properties = {f"p{number}": {"type": "string", "description": "x" * 100} for number in range(num_properties)}
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": f"f{number}", "parameters": {"type": "object", "properties": properties}},
+        }
+        for number in range(256)
+    ]
+    served = scripted(CALL)
+    answer = served.chat(tools=tools, tool_choice="required", max_tokens=4)
+    if num_properties == 1:
+        assert answer.status_code == 200, answer.text
+    else:
+        assert answer.status_code == 400
+        assert "give fewer" in error_of(answer)["message"]
+        assert "tools" in error_of(answer)["message"]

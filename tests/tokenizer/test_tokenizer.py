@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -220,3 +223,25 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {"x": 1}})
     with pytest.raises(CheckpointError, match="added_tokens_decoder"):
         Tokenizer(tmp_path)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(every_kind: dict[str, Tokenizer]) -> None:
+    """A server's event loop is such a thread."""
+    tokenizer, text = every_kind["json"], "the river runs past " * 60_000
+    ids: list[int] = []
+    go = threading.Event()
+
+    def encode() -> None:
+        go.wait()
+        ids.extend(tokenizer.encode(text, add_special_tokens=False))
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    ticks = [time.monotonic()]
+    go.set()
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks.append(time.monotonic())
+    longest = max(later - earlier for earlier, later in itertools.pairwise(ticks))
+    assert longest < 0.6 * (ticks[-1] - ticks[0])
+    assert tokenizer.decode(ids) == text

@@ -12,6 +12,7 @@ from lmdeploy.kernels.cuda import skinny_gemm
 from lmdeploy.kernels.cuda.skinny_gemm import Weight
 
 MAX_TOKENS = 16
+_HAS_WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 MAX_NORM_TOKENS = 8  # beyond them a norm of its own is faster than one in front of each block's product
 
 
@@ -68,7 +69,7 @@ def matmul(
     """x W^T + bias + residual by cuBLAS; without a bias the residual is added by the product itself, in its place."""
     if bias is None and residual is not None:
         return residual.addmm_(x, weight.T)
-    if out_dtype == torch.float32 and bias is None:
+    if out_dtype == torch.float32 and bias is None and _HAS_WIDE_OUTPUT:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     out = F.linear(x, weight, bias)
     if residual is not None:

@@ -82,7 +82,12 @@ __device__ __forceinline__ u16 to16(float f) { u16 r; asm("cvt.rn.bf16.f32 %0, %
 __device__ __forceinline__ float from16(u16 v) { return lo((u32)v); }
 __device__ __forceinline__ u32 pack16(float a, float b) { return (u32)to16(a) | (u32)to16(b) << 16; }
 __device__ __forceinline__ u32 times_gamma(u32 x, u32 gamma) {
-  return pack16(lo(x) * (lo(gamma) + NORM_OFFSET), hi(x) * (hi(gamma) + NORM_OFFSET)); }
+  u32 v = pack16(lo(x) * (lo(gamma) + NORM_OFFSET), hi(x) * (hi(gamma) + NORM_OFFSET));
+#if FP16      // what is not divided by rms(x) yet may be too large for fp16: its largest number then, NaN stays
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0x7bff7bffu));
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0xfbfffbffu));
+#endif
+  return v; }
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn." TY "x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
 
 template <int MASK, int MAGIC> __device__ __forceinline__ u32 andor(u32 w) {

@@ -95,11 +95,11 @@ def supports(n: int, k: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether kernels can be compiled here; if not, says so once."""
+    """Whether kernels can be compiled and loaded here; if not, says so once."""
     from lmdeploy.logging import get_logger
 
     try:
-        nvrtc.cubin("dequantize.cu", {"GROUP": 128, "ZERO": 1, "FP16": 0}, arch())
+        _dequantize_kernel(COLUMNS, has_zeros=True, is_half=False)
     except nvrtc.KernelError as error:
         get_logger().warning("the CUDA kernels are not used: %s", error)
         return False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lmdeploy.async_engine import Prompt
 from lmdeploy.errors import InvalidParameter
 from lmdeploy.tokenizer import Tokenizer
 
-# The tokens before the first text, between the two, and after the second: Qwen2.5-Coder and CodeGemma, StarCoder, DeepSeek-Coder.
+# The tokens before the first text, between the two, and after the second. Of Qwen2.5-Coder and CodeGemma, StarCoder,
+# DeepSeek-Coder.
 _TOKENS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
@@ -22,9 +24,9 @@ def infill_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], suffix: str)
     end = tokenizer.encode(suffix, add_special_tokens=False)
     start = tokenizer.encode("")
 
-    def one(prompt: Prompt) -> Prompt:
+    def one(prompt: Prompt) -> list[Any]:
         ids = tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
-        return [*start, before, *ids, between, *end, after]  # type: ignore[list-item]
+        return [*start, before, *ids, between, *end, after]
 
     return [one(prompt) for prompt in prompts]
 

@@ -96,7 +96,7 @@ class _Turn:
                     yield _part(response, history)
         finally:
             if before is not None:
-                sessions.end(*key, said, num_tokens)
+                sessions.end(*key, before, said, num_tokens)
 
     def _job(self, before: list[dict[str, Any]]) -> Job:
         body = self._body

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Thinking = Literal["none", "maybe", "open"]
 _TAIL_CHARS = 16
-_MAX_PARAMETER_CHARS = 2 * MAX_CHARS
+_MAX_PARAMETER_CHARS = MAX_CHARS
 _PROBE = [{"role": "user", "content": "?"}]
 _PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
 
@@ -140,10 +140,12 @@ class AnswerFormats:
         body = f"({' | '.join(choices)})"
         start = self._after_thoughts(thinking, is_harmony)
         lark = "\n".join([f"start: {start[0]} {body}", *start[1:], *rules]) + "\n"
-        return {
-            "type": "llguidance",
-            "grammar": json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, *parts]}),
-        }
+        text = json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, *parts]})
+        if len(text) > MAX_CHARS:
+            raise InvalidGrammar(
+                f"the tools make a grammar of {len(text):,} characters, at most {MAX_CHARS:,} are taken: give fewer of them"
+            )
+        return {"type": "llguidance", "grammar": text}
 
     def _after_thoughts(self, thinking: Thinking, is_harmony: bool) -> list[str]:
         """What stands before the answer in `start`, and the rules it needs."""

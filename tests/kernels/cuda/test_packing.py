@@ -47,8 +47,13 @@ def test_many_embedded_rows_are_unpacked_a_few_at_a_time(monkeypatch: pytest.Mon
     q, scales, zeros = random_weight(40, 256, 32)
     weight = affine.pack(q, scales, -zeros.float() * scales, 4)
     ids = torch.randint(0, 40, (700,), generator=torch.Generator().manual_seed(0))
-    counts = []
-    monkeypatch.setattr(skinny_gemm, "unpack", lambda w: counts.append(w.n) or unpack(w))
+    counts: list[int] = []
+
+    def counted(w: Weight) -> tuple[Tensor, Tensor, Tensor]:
+        counts.append(w.n)
+        return unpack(w)
+
+    monkeypatch.setattr(skinny_gemm, "unpack", counted)
     rows = affine.embed(ids, weight, torch.float32)
     wide = (q.float().unflatten(-1, (-1, 32)) - zeros[..., None]) * scales[..., None]
     torch.testing.assert_close(rows, wide.flatten(-2)[ids])
