@@ -6,6 +6,7 @@ import gc
 
 import torch
 
+from lmdeploy.engine.graphs import DecodeGraphs
 from lmdeploy.engine.runner import Runner
 from lmdeploy.kernels import decode_buffer_bytes, has_gpu_kernels
 from lmdeploy.layers.linear import Linear
@@ -50,14 +51,13 @@ def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
     model = runner.model
     for rotary in {model.rotary, model.local_rotary} - {None}:
         rotary.reserve(session_len, runner.kv_cache.data.device)  # type: ignore[union-attr]
-    runner.use_graphs(max_batch_size)
-    assert runner.graphs is not None
+    runner.graphs = DecodeGraphs(model, runner.kv_cache, runner.slots, runner.decode_buffers, max_batch_size)
     sizes = sorted({size for size in _FIRST_SIZES if size <= max_batch_size} | {max_batch_size}, reverse=True)
     try:
         for size in sizes:
             runner.graphs.capture(size, keeps_logits=False)
         runner.graphs.capture(max_batch_size, keeps_logits=True)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever a model or a kernel cannot do in a capture, it can do without
         runner.graphs = None
         get_logger().warning("decode steps of %s run without CUDA graphs: %s", model.config.architecture, error)
     torch.cuda.synchronize()
