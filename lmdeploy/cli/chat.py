@@ -34,16 +34,7 @@ def add_arguments(parser: Parser) -> None:
     parser.description = DESCRIPTION
     add_model_argument(parser)
     chat = parser.add_argument_group("chat")
-    chat.add_argument(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help="a name (`lmdeploy list`), a JSON file of parts, or a Jinja file; the model's own by default",
-    )
-    chat.add_argument(
-        "--capability",
-        choices=("completion", "infilling", "chat", "python"),
-        help="what the template is to do with a prompt (default: chat)",
-    )
+    add_template_flags(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system text; without it the template may bring its own")
     chat.add_argument("--single-line", action=argparse.BooleanOptionalAction, help="Enter ends a prompt")
     add_sampling_flags(parser, "the model's generation_config.json, else temperature 0.7 and top-p 0.95")
@@ -60,6 +51,20 @@ def add_sampling_flags(parser: Parser, default: str) -> None:
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answers")
     sampling.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="tokens of one answer (default: up to session-len)"
+    )
+
+
+def add_template_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that `template_config` reads."""
+    group.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="a name (`lmdeploy list`), a JSON file of parts, or a Jinja file; the model's own by default",
+    )
+    group.add_argument(
+        "--capability",
+        choices=("completion", "infilling", "chat", "python"),
+        help="what the template is to do with a prompt (default: chat)",
     )
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy.cli import serve_client, serve_gradio, serve_proxy
-from lmdeploy.cli.chat import add_speculative_flags, refuse_speculative, tell, template_config
+from lmdeploy.cli.chat import add_speculative_flags, add_template_flags, refuse_speculative, tell, template_config
 from lmdeploy.cli.flags import add_engine_flags, add_model_argument, engine_settings, warn_remote_code
+from lmdeploy.cli.listening import (
+    add_address_flags,
+    add_api_keys_flag,
+    add_drain_flag,
+    add_log_level_flag,
+    add_ssl_flag,
+    address,
+    positive,
+    require,
+    tls_files,
+    uvicorn_level,
+)
 from lmdeploy.cli.parser import Parser
 from lmdeploy.errors import ConfigError
 
@@ -20,7 +31,6 @@ if TYPE_CHECKING:
 
     from lmdeploy.async_engine import AsyncEngine
     from lmdeploy.serve.registration import Registration
-    from lmdeploy.serve.server import Tls
     from lmdeploy.serve.settings import ServerSettings
 
 HELP = "serve a model over HTTP"
@@ -33,7 +43,6 @@ ENGINE_DEFAULTS: dict[str, Any] = {"enable_prefix_caching": True}
 DEFAULT_PORT = 23333
 OTHER_KINDS = {"api_client": serve_client, "gradio": serve_gradio, "proxy": serve_proxy}
 _EXTRA = ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
-_LOG_LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")
 
 
 @dataclass(frozen=True)
@@ -95,33 +104,22 @@ def add_arguments(parser: Parser) -> None:
 
 def _add_server_flags(parser: Parser) -> None:
     group = parser.add_argument_group("server")
+    add_address_flags(group, DEFAULT_PORT)
     group.add_argument(
-        "--server-name",
-        default="127.0.0.1",
-        metavar="HOST",
-        help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)",
-    )
-    group.add_argument(
-        "--server-port", type=int, default=DEFAULT_PORT, metavar="PORT", help=f"0: a free one (default: {DEFAULT_PORT})"
-    )
-    group.add_argument(
-        "--max-concurrent-requests", type=_positive, metavar="N",
+        "--max-concurrent-requests", type=positive, metavar="N",
         help="answers in work or waiting, beyond which a request gets 429 (default: 8 times max-batch-size)",
     )  # fmt: skip
     group.add_argument(
-        "--max-queued-tokens", type=_positive, metavar="N",
+        "--max-queued-tokens", type=positive, metavar="N",
         help="the same bound for the tokens of their prompts (default: 4 times what the KV cache holds)",
     )  # fmt: skip
-    group.add_argument(
-        "--drain-timeout", type=float, default=60.0, metavar="S",
-        help="seconds that running answers get after a signal (default: 60)",
-    )  # fmt: skip
+    add_drain_flag(group)
     group.add_argument(
         "--proxy-url",
         metavar="URL",
         help="a `lmdeploy serve proxy` to join; LMDEPLOY_API_KEY, or the first of --api-keys, is shown",
     )
-    group.add_argument("--log-level", choices=_LOG_LEVELS, type=str.upper, help="(default: WARNING)")
+    add_log_level_flag(group)
     group.add_argument(
         "--log-format", choices=("text", "json"), default="text",
         help="json: one object a line, and one line a request (default: text)",
@@ -129,24 +127,13 @@ def _add_server_flags(parser: Parser) -> None:
     group.add_argument("--max-log-len", type=int, metavar="N", help="characters of a prompt that the log shows")
     group.add_argument("--disable-fastapi-docs", action="store_true", help="no pages at `/` and `/chat`")
     group.add_argument("--disable-metrics", action="store_true", help="no /metrics")
-    group.add_argument(
-        "--ssl", action="store_true", help="HTTPS, with the files that SSL_KEYFILE and SSL_CERTFILE name"
-    )
+    add_ssl_flag(group)
 
 
 def _add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: MODEL as given)")
-    group.add_argument(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help="a name (`lmdeploy list`), a JSON file of parts, or a Jinja file; the model's own by default",
-    )
-    group.add_argument(
-        "--capability",
-        choices=("completion", "infilling", "chat", "python"),
-        help="what the template does (default: chat)",
-    )
+    add_template_flags(group)
     group.add_argument(
         "--tool-call-parser", default="auto", metavar="NAME",
         help="format of tool calls, docs/tools.md; none: no tools (default: auto, told by the chat template)",
@@ -163,13 +150,7 @@ def _add_model_flags(parser: Parser) -> None:
 
 def _add_access_flags(parser: Parser) -> None:
     group = parser.add_argument_group("access")
-    group.add_argument(
-        "--api-keys",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help="keys of which a request has to bear one; all paths but /health",
-    )
+    add_api_keys_flag(group)
     group.add_argument(
         "--admin-api-key",
         metavar="KEY",
@@ -205,11 +186,7 @@ def run(args: argparse.Namespace) -> int:
     warn_remote_code(args, tell)
     refuse_speculative(args)
     _refuse_later(args)
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} missing; the server needs the extra `serve`: pip install 'lmdeploy[serve]'"
-        )
+    require(_EXTRA, "the server", "serve")
     from lmdeploy.serve.parsers import REASONING_PARSERS, TOOL_PARSERS, pick
     from lmdeploy.serve.server import bind
 
@@ -284,19 +261,15 @@ def _serve(engine: AsyncEngine, args: argparse.Namespace, sock: socket, registra
     info = engine.client.info
     settings = _settings(args)
     app = create_app(engine, settings)
-    log_level = {"WARN": "warning", "FATAL": "critical", "NOTSET": "debug"}.get(
-        args.log_level, args.log_level or "warning"
-    )
-    server = Server(app, drain_timeout_s=args.drain_timeout, log_level=log_level.lower(), tls=_tls(args))
+    log_level = uvicorn_level(args.log_level)
+    server = Server(app, drain_timeout_s=args.drain_timeout, log_level=log_level, tls=tls_files(args))
     if args.log_format == "json":
         log_as_json()
     tell(f"{info.architecture}, {info.dtype} on {info.device}, loaded in {info.load_s:.1f} s")
     width = max((len(name) for name, _ in info.memory_plan), default=0)
     for name, value in info.memory_plan:
         tell(f"  {name:<{width}}  {value}")
-    scheme = "https" if args.ssl else "http"
-    host = f"[{args.server_name}]" if ":" in args.server_name else args.server_name
-    tell(f"serving {settings.model_name} at {scheme}://{host}:{sock.getsockname()[1]}; Ctrl-C ends it")
+    tell(f"serving {settings.model_name} at {address(args, sock.getsockname()[1])}; Ctrl-C ends it")
     if registration is None:
         return server.run_on(sock)
     with registration.during(is_ready=lambda: server.started, is_draining=lambda: app.state.service.is_draining):
@@ -329,19 +302,6 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     )
 
 
-def _tls(args: argparse.Namespace) -> Tls | None:
-    from lmdeploy import env
-    from lmdeploy.serve.server import Tls
-
-    if not args.ssl:
-        return None
-    key_file, cert_file = env.tls_files()
-    for name, path in (("SSL_KEYFILE", key_file), ("SSL_CERTFILE", cert_file)):
-        if path is None or not Path(path).is_file():
-            raise ConfigError(f"--ssl needs the environment variable {name} to name a file; it is {path!r}")
-    return Tls(str(key_file), str(cert_file))
-
-
 def _refuse_later(args: argparse.Namespace) -> None:
     for flag in LATER_FLAGS:
         value = getattr(args, flag.dest)
@@ -350,9 +310,3 @@ def _refuse_later(args: argparse.Namespace) -> None:
     for flag in LATER_FLAGS:
         if flag.is_harmless and getattr(args, flag.dest) != flag.default:
             print(f"note: {flag.name} has no effect in this engine", file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
-    return int(text)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy import env
-from lmdeploy.cli.chat import add_speculative_flags, refuse_speculative, tell, template_config
+from lmdeploy.cli.chat import add_speculative_flags, add_template_flags, refuse_speculative, tell, template_config
 from lmdeploy.cli.flags import ENGINE_FLAGS, add_engine_flags, engine_settings, warn_remote_code
+from lmdeploy.cli.listening import add_address_flags, require
 from lmdeploy.cli.parser import Parser
 from lmdeploy.cli.serve_client import add_remote_flags
-from lmdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmdeploy.async_engine import AsyncEngine
@@ -38,28 +37,11 @@ def add_arguments(parser: Parser) -> None:
         help="a model folder, a .gguf file, a hub id or a server's address; left out: the built-in smollm2-135m-instruct",
     )
     page = parser.add_argument_group("page")
-    page.add_argument(
-        "--server-name",
-        default="127.0.0.1",
-        metavar="HOST",
-        help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)",
-    )
-    page.add_argument(
-        "--server-port", type=int, default=DEFAULT_PORT, metavar="PORT", help=f"0: a free one (default: {DEFAULT_PORT})"
-    )
+    add_address_flags(page, DEFAULT_PORT)
     page.add_argument("--share", action="store_true", help="also make a public address, through gradio's service")
     page.add_argument("--system", metavar="TEXT", help="the system text that the page begins with")
     add_remote_flags(page)
-    page.add_argument(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help="a name (`lmdeploy list`), a JSON file of parts, or a Jinja file; the model's own by default",
-    )
-    page.add_argument(
-        "--capability",
-        choices=("completion", "infilling", "chat", "python"),
-        help="what the template does (default: chat)",
-    )
+    add_template_flags(page)
     add_engine_flags(parser, ENGINE_DEFAULTS)
     add_speculative_flags(parser)
 
@@ -67,11 +49,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     warn_remote_code(args, tell)
     refuse_speculative(args)
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} missing; the chat page needs the extra `gradio`: pip install 'lmdeploy[gradio]'"
-        )
+    require(_EXTRA, "the chat page", "gradio")
     from lmdeploy.serve.server import bind
 
     with bind(args.server_name, args.server_port) as sock:  # a port in use is told before a model is loaded

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmdeploy import env
 from lmdeploy.cli.chat import tell
+from lmdeploy.cli.listening import (
+    add_address_flags,
+    add_api_keys_flag,
+    add_drain_flag,
+    add_log_level_flag,
+    add_ssl_flag,
+    address,
+    positive,
+    require,
+    tls_files,
+    uvicorn_level,
+)
 from lmdeploy.cli.parser import Parser
 from lmdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmdeploy.serve.proxy.settings import ProxySettings
-    from lmdeploy.serve.server import Tls
 
 HELP = "several servers of several models behind one address"
 DESCRIPTION = """Put several servers behind one address. A request goes to a server of the model that it names.
@@ -27,7 +36,6 @@ server dies before the first byte of its answer goes to another one.
 DEFAULT_PORT = 8000
 STRATEGIES = ("random", "min_expected_latency", "min_observed_latency", "cache_aware")
 _EXTRA = ("fastapi", "prometheus_client", "uvicorn")
-_LOG_LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")
 # Flags of the prefill and decode split, which does not exist here: their defaults, and the other values they have.
 _SPLIT_FLAGS = {"--migration-protocol": ("RDMA", "NVLINK"), "--link-type": ("RoCE", "IB")}
 
@@ -52,27 +60,14 @@ def add_arguments(parser: Parser) -> None:
 
 def _add_server_flags(parser: Parser) -> None:
     group = parser.add_argument_group("server")
+    add_address_flags(group, DEFAULT_PORT)
     group.add_argument(
-        "--server-name",
-        default="127.0.0.1",
-        metavar="HOST",
-        help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)",
-    )
-    group.add_argument(
-        "--server-port", type=int, default=DEFAULT_PORT, metavar="PORT", help=f"0: a free one (default: {DEFAULT_PORT})"
-    )
-    group.add_argument(
-        "--max-concurrent-requests", type=_positive, default=4096, metavar="N",
+        "--max-concurrent-requests", type=positive, default=4096, metavar="N",
         help="requests in work, beyond which a request gets 429 (default: 4096)",
     )  # fmt: skip
-    group.add_argument(
-        "--drain-timeout", type=float, default=60.0, metavar="S",
-        help="seconds that running answers get after a signal (default: 60)",
-    )  # fmt: skip
-    group.add_argument("--log-level", choices=_LOG_LEVELS, type=str.upper, help="(default: WARNING)")
-    group.add_argument(
-        "--ssl", action="store_true", help="HTTPS, with the files that SSL_KEYFILE and SSL_CERTFILE name"
-    )
+    add_drain_flag(group)
+    add_log_level_flag(group)
+    add_ssl_flag(group)
 
 
 def _add_routing_flags(parser: Parser) -> None:
@@ -83,7 +78,7 @@ def _add_routing_flags(parser: Parser) -> None:
         help=f"{', '.join(STRATEGIES)} (default: min_expected_latency)",
     )  # fmt: skip
     group.add_argument(
-        "--max-attempts", type=_positive, default=3, metavar="N",
+        "--max-attempts", type=positive, default=3, metavar="N",
         help="servers that a request is tried on before the first byte of its answer (default: 3)",
     )  # fmt: skip
     group.add_argument(
@@ -99,7 +94,7 @@ def _add_routing_flags(parser: Parser) -> None:
         help="silence after which a server is forgotten (default: LMDEPLOY_CONTROLLER_HEART_BEAT_EXPIRATION, or 90)",
     )  # fmt: skip
     group.add_argument(
-        "--balance-abs-threshold", type=_positive, default=8, metavar="N",
+        "--balance-abs-threshold", type=positive, default=8, metavar="N",
         help="cache_aware: requests more than the least busy server has, below which a prefix stays (default: 8)",
     )  # fmt: skip
     group.add_argument(
@@ -113,13 +108,7 @@ def _add_routing_flags(parser: Parser) -> None:
 
 def _add_access_flags(parser: Parser) -> None:
     group = parser.add_argument_group("access")
-    group.add_argument(
-        "--api-keys",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help="keys of which a request has to bear one; all paths but /health",
-    )
+    add_api_keys_flag(group)
     group.add_argument("--admin-api-key", metavar="KEY", help="what /nodes/* asks for instead of one of --api-keys")
     group.add_argument(
         "--allow-origins", nargs="*", default=[], metavar="X", help="origins of browsers' requests (default: none)"
@@ -127,11 +116,7 @@ def _add_access_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} missing; the proxy needs the extra `serve`: pip install 'lmdeploy[serve]'"
-        )
+    require(_EXTRA, "the proxy", "serve")
     if args.serving_strategy != "Hybrid":
         raise ConfigError(f"--serving-strategy {args.serving_strategy} is not supported yet; leave it out")
     for name, choices in {**_SPLIT_FLAGS, "--dummy-prefill": (False,), "--disable-gdr": (False,)}.items():
@@ -144,12 +129,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.log_level is not None:
         get_logger().setLevel(args.log_level)
-    tls = _tls(args)
-    level = {"WARN": "warning", "FATAL": "critical", "NOTSET": "debug"}.get(args.log_level, args.log_level or "warning")
+    tls = tls_files(args)
+    level = uvicorn_level(args.log_level)
     with closing(bind(args.server_name, args.server_port)) as sock:
         port = sock.getsockname()[1]
         proxy = Proxy(settings(args, port))
-        server = ProxyServer(proxy, drain_timeout_s=args.drain_timeout, log_level=level.lower(), tls=tls)
+        server = ProxyServer(proxy, drain_timeout_s=args.drain_timeout, log_level=level, tls=tls)
         _greet(args, port)
         return server.run_on(sock)
 
@@ -157,9 +142,7 @@ def run(args: argparse.Namespace) -> int:
 def _greet(args: argparse.Namespace, port: int) -> None:
     if args.server_name not in ("127.0.0.1", "localhost", "::1") and not (args.api_keys or args.admin_api_key):
         tell("warning: whoever reaches this address can add and remove servers; give --admin-api-key or --api-keys")
-    scheme = "https" if args.ssl else "http"
-    host = f"[{args.server_name}]" if ":" in args.server_name else args.server_name
-    tell(f"proxy ({args.routing_strategy}) at {scheme}://{host}:{port}; Ctrl-C ends it")
+    tell(f"proxy ({args.routing_strategy}) at {address(args, port)}; Ctrl-C ends it")
 
 
 def settings(args: argparse.Namespace, port: int) -> ProxySettings:
@@ -181,24 +164,6 @@ def settings(args: argparse.Namespace, port: int) -> ProxySettings:
         allow_origins=tuple(args.allow_origins),
         state_path=None if args.disable_cache_status else env.cache_dir() / "proxy" / str(port) / "proxy_config.json",
     )
-
-
-def _tls(args: argparse.Namespace) -> Tls | None:
-    from lmdeploy.serve.server import Tls
-
-    if not args.ssl:
-        return None
-    key_file, cert_file = env.tls_files()
-    for name, path in (("SSL_KEYFILE", key_file), ("SSL_CERTFILE", cert_file)):
-        if path is None or not Path(path).is_file():
-            raise ConfigError(f"--ssl needs the environment variable {name} to name a file; it is {path!r}")
-    return Tls(str(key_file), str(cert_file))
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lmdeploy.cli import main, serve
+from lmdeploy.cli.listening import tls_files
 from lmdeploy.errors import ConfigError
 from lmdeploy.serve.settings import ServerSettings
 from tests.cli.command_line import parse, parse_with_notices
@@ -103,14 +104,14 @@ def test_tls_needs_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     args = parse("lmdeploy serve api_server M --ssl")
     monkeypatch.delenv("SSL_KEYFILE", raising=False)
     with pytest.raises(ConfigError, match="SSL_KEYFILE"):
-        serve._tls(args)
+        tls_files(args)
     (tmp_path / "key").write_text("")
     monkeypatch.setenv("SSL_KEYFILE", str(tmp_path / "key"))
     monkeypatch.setenv("SSL_CERTFILE", str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match="SSL_CERTFILE"):
-        serve._tls(args)
+        tls_files(args)
     monkeypatch.setenv("SSL_CERTFILE", str(tmp_path / "key"))
-    tls = serve._tls(args)
+    tls = tls_files(args)
     assert tls is not None
     assert (tls.key_file, tls.cert_file) == (str(tmp_path / "key"), str(tmp_path / "key"))
 
