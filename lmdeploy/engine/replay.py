@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lmdeploy.engine.batch import build_batch
 from lmdeploy.engine.graphs import DecodeGraphs
-from lmdeploy.engine.reports import Report, make_reports
+from lmdeploy.engine.reports import Report
 from lmdeploy.engine.runner import PendingStep, Runner
 from lmdeploy.engine.scheduler import StepPlan
 
@@ -35,12 +35,7 @@ def replay_step(runner: Runner, graphs: DecodeGraphs, plan: StepPlan) -> Pending
     reports: dict[str, Report] = {}
     if not is_greedy:
         logits = graphs.logits[: len(entries)]
-        wants_report = any(state.request.sampling.wants_report for state in states)
-        raw_logits = logits.clone() if wants_report else None
-        tokens = runner.sampler(logits, states)
-        runner.slots.last_tokens[runner.slots.lines(states)] = tokens.clamp(min=0)
-        if wants_report:
-            reports = make_reports(runner.model, entries, logits.new_empty(len(entries), 0), raw_logits, tokens)
+        tokens, reports = runner.sample(entries, states, logits, logits.new_empty(len(entries), 0))
     return PendingStep(plan, *runner.to_host(tokens), reports)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lmdeploy.engine.batch import build_batch
 from lmdeploy.engine.sampler import Sampler
-from lmdeploy.engine.scheduler import StepPlan
+from lmdeploy.engine.scheduler import Scheduled, StepPlan
 from lmdeploy.engine.slots import Slots
+from lmdeploy.engine.state import RequestState
 from lmdeploy.kernels import make_decode_buffers
 from lmdeploy.layers.context import KVCache
 from lmdeploy.models.base import CausalLM
@@ -71,19 +72,30 @@ class Runner:
                 return step
         batch = build_batch(plan, self.kv_cache, self.slots, self.decode_buffers)
         hidden_states = self.model(batch.input_ids, batch.ctx)
-        wants_report = any(entry.state.request.sampling.wants_report for entry in batch.entries)
-        raw_logits, tokens = None, batch.sample_rows  # none of either where no prompt is complete yet
+        logits = None  # where no prompt is complete yet
         if batch.sampling_states:
             logits = self.model.compute_logits(hidden_states[batch.sample_rows])
-            raw_logits = logits.clone() if wants_report else None
-            tokens = self.sampler(logits, batch.sampling_states)
-            self.slots.last_tokens[self.slots.lines(batch.sampling_states)] = tokens.clamp(min=0)
-        reports: dict[str, Report] = {}
-        if wants_report:
-            from lmdeploy.engine.reports import make_reports
-
-            reports = make_reports(self.model, batch.entries, hidden_states, raw_logits, tokens)
+        tokens, reports = self.sample(batch.entries, batch.sampling_states, logits, hidden_states)
         return PendingStep(plan, *self.to_host(tokens), reports)
+
+    def sample(
+        self, entries: list[Scheduled], states: list[RequestState], logits: Tensor | None, hidden_states: Tensor
+    ) -> tuple[Tensor, dict[str, Report]]:
+        """The tokens [R] of the R requests that sample, kept for the next step, and what any of the entries reports.
+
+        logits: [R, V], may be changed in place; None if R is 0. hidden_states: [T, C].
+        """
+        wants_report = any(entry.state.request.sampling.wants_report for entry in entries)
+        raw_logits = logits.clone() if wants_report and logits is not None else None
+        tokens = torch.empty(0, dtype=torch.int64, device=hidden_states.device)
+        if logits is not None:
+            tokens = self.sampler(logits, states)
+            self.slots.last_tokens[self.slots.lines(states)] = tokens.clamp(min=0)
+        if not wants_report:
+            return tokens, {}
+        from lmdeploy.engine.reports import make_reports
+
+        return tokens, make_reports(self.model, entries, hidden_states, raw_logits, tokens)
 
     def to_host(self, tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """A copy that does not wait for the device, and the event after which it holds."""
