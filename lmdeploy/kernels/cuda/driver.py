@@ -6,17 +6,21 @@ import ctypes
 import functools
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
 
 from lmdeploy.kernels.cuda.nvrtc import KernelError
 
+if TYPE_CHECKING:
+    from lmdeploy.kernels.cuda.tensor_map import TensorMap
+
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 _DEFAULT_SHARED_BYTES = 40 << 10
 
-Argument = Tensor | int | float | None
+Argument = Union[Tensor, "TensorMap", int, float, None]
 
 
 class _Attribute(ctypes.Structure):
@@ -46,12 +50,12 @@ class Kernel:
         torch.cuda.current_stream()  # a context must exist before a module is loaded
         torch.cuda.init()
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        driver = _driver()
-        _check(driver.cuModuleLoadData(ctypes.byref(self._module), cubin), "cuModuleLoadData")
-        _check(driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), name)
+        library = driver()
+        check(library.cuModuleLoadData(ctypes.byref(self._module), cubin), "cuModuleLoadData")
+        check(library.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), name)
         if shared_bytes > _DEFAULT_SHARED_BYTES:
-            _check(
-                driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
+            check(
+                library.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
                 f"{shared_bytes} bytes of shared memory",
             )
         self._attributes = (_Attribute * 2)()
@@ -69,34 +73,39 @@ class Kernel:
         self._lock = threading.Lock()  # two engines of a process launch from two threads
 
     def __call__(self, blocks: int, arguments: Sequence[Argument]) -> None:
-        """Launch on torch's current stream: tensors as pointers, None as the null pointer, int32, float32."""
+        """Launch on torch's current stream: tensors and None as pointers, tensor maps by value, int32, float32."""
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         stream = torch.cuda.current_stream().cuda_stream
         with self._lock:
             self._config.grid[0], self._config.stream = blocks, stream
-            status = _driver().cuLaunchKernelEx(ctypes.byref(self._config), self._function, pointers, None)
-        _check(status, "cuLaunchKernelEx")
+            status = driver().cuLaunchKernelEx(ctypes.byref(self._config), self._function, pointers, None)
+        check(status, "cuLaunchKernelEx")
 
 
-def _value(argument: Argument) -> ctypes._SimpleCData[int] | ctypes._SimpleCData[float] | ctypes.c_void_p:
+def _value(argument: Argument) -> Any:
+    """The argument as a ctypes object, whose address the launch takes."""
     if argument is None:
         return ctypes.c_void_p(0)
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
+    if isinstance(argument, int):
+        return ctypes.c_int(argument)
+    return ctypes.c_float(argument) if isinstance(argument, float) else argument.value
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The CUDA driver's library. Raises KernelError."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise KernelError(f"the CUDA driver cannot be loaded: {error}") from None
 
 
-def _check(status: int, what: str) -> None:
+def check(status: int, what: str) -> None:
+    """Raise KernelError with the driver's own words unless the status is 0."""
     if status:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
+        driver().cuGetErrorString(status, ctypes.byref(text))
         raise KernelError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")

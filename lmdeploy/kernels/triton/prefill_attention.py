@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 """Causal attention of any number of new tokens per request over the blocked cache. It writes no cache.
 
-Where torch's flash attention can do it, the cache is first copied to one run of keys and values per request; a kernel of
-our own does the rest. FlashAttention-2, https://arxiv.org/abs/2307.08691
+On Hopper the usual forms run in CUDA C++ (kernels/cuda/prefill_attention.py). Elsewhere torch's flash attention does what it
+can, on one run of keys and values per request that is copied from the cache; the kernel below does the rest.
+FlashAttention-2, https://arxiv.org/abs/2307.08691
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmdeploy.kernels.cuda import prefill_attention as hopper
 from lmdeploy.kernels.spec import AttentionSpec
 from lmdeploy.kernels.triton.scores import biased, softcapped
 from lmdeploy.kernels.triton.stored import Blocks, Side, float8_factor, float8_to, hadamard, minimum_of, scale_of, side
@@ -41,11 +43,15 @@ def prefill_attention(
     q: in the basis of the stored keys, as `rope_store` returns it. keys, values: [NB, Hkv, S, D] or quantized; values may be
     the first Dv elements of keys (latent attention). cu_seqlens_q: [B + 1] int32. block_tables: [B, max_blocks] int32.
     context_lens: [B] int32, the new tokens included; max_context_len and total_context (their sum) on the host.
-    cu_seqlens_k: [B + 1] int32, their running sum, if it is there already.
+    cu_seqlens_k: [B + 1] int32, their running sum, if it is there already. may_use_torch: else the kernel below does it all.
     """
     k, v = side(keys, q.shape[-1]), side(values, spec.value_dim)
     use_torch = may_use_torch and _torch_can(q, spec)
-    if k.format == "plain" and not use_torch:
+    dtype = dtype or q.dtype
+    if use_torch and k.format == v.format == "plain" and hopper.is_faster(spec, q, k.codes, v.codes):
+        requests = (cu_seqlens_q, block_tables, context_lens, max_query_len)
+        out = hopper.prefill_attention(q, k.codes, v.codes, None, *requests, spec, dtype=q.dtype)
+    elif k.format == "plain" and not use_torch:
         out = _flash(q, k, v, cu_seqlens_q, None, block_tables, context_lens, max_query_len, spec)
     else:
         starts = cu_seqlens_k if cu_seqlens_k is not None else running_sum(context_lens)
@@ -56,7 +62,6 @@ def prefill_attention(
         else:
             k_run, v_run = (Side(x, x, "plain", 1) for x in (linear_k, linear_v))
             out = _flash(q, k_run, v_run, cu_seqlens_q, starts, block_tables, context_lens, max_query_len, spec)
-    dtype = dtype or q.dtype
     return out.to(dtype) if v.piece == 1 else _turn_back(out, v.piece, dtype)
 
 

@@ -1,0 +1,53 @@
+"""Descriptions of matrices in device memory for Hopper's tensor copies. They are parameters of a kernel, by value."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from lmdeploy.kernels.cuda.driver import check, driver
+
+_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by its bytes
+_L2_256B = 3  # CUtensorMapL2promotion
+_BYTES, _ALIGNMENT = 128, 64
+
+
+class TensorMap:
+    """CUtensorMap of a tensor of up to five dimensions; what lies outside of it is read as zero.
+
+    sizes, box: elements along each dimension, the contiguous one first; strides: bytes between neighbours of every
+    dimension but the first, multiples of 16. swizzle: bytes of a row of the box in shared memory, or 0. Raises KernelError.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        box: Sequence[int],
+        *,
+        swizzle: int = 128,
+    ) -> None:
+        rank = len(sizes)
+        self._memory = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
+        start = ctypes.addressof(self._memory)
+        self.value = (ctypes.c_char * _BYTES).from_address(start + -start % _ALIGNMENT)
+        status = driver().cuTensorMapEncodeTiled(
+            ctypes.byref(self.value),
+            ctypes.c_int(_TYPES[dtype]),
+            ctypes.c_uint32(rank),
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * rank)(*sizes),
+            (ctypes.c_uint64 * max(rank - 1, 1))(*strides),
+            (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            ctypes.c_int(0),
+            ctypes.c_int(_SWIZZLES[swizzle]),
+            ctypes.c_int(_L2_256B),
+            ctypes.c_int(0),
+        )
+        check(status, f"a tensor map of {tuple(sizes)} in boxes of {tuple(box)}")
