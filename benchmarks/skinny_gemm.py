@@ -1,4 +1,4 @@
-"""The GPU's products of few tokens: checked against float64, timed, and tuned.
+"""The GPU's products of few tokens with 4-bit weights: checked against float64, timed, and tuned.
 
     python -m benchmarks.skinny_gemm --out FOLDER [--tune SECONDS]
 
@@ -29,16 +29,12 @@ DEVICE = torch.device("cuda")
 # (n, k, gated) of InternLM2-7B and Qwen2.5-1.5B: qkv, o, gate and up, down.
 SHAPES = [(6144, 4096, 0), (4096, 4096, 0), (28672, 4096, 1), (4096, 14336, 0)]
 SHAPES += [(2048, 1536, 0), (1536, 1536, 0), (17920, 1536, 1), (1536, 8960, 0)]
-HEADS = [(92544, 4096, 0), (151936, 1536, 0)]
-TOKENS = {4: (1, 2, 4, 8, 16, 32, 64), 16: (1, 2, 4, 8, 16)}
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _ROTATED_BYTES = 200 << 20
 
 
-def make_weight(n: int, k: int, bits: int, group: int = 128, zeros: bool = True, dtype: torch.dtype = torch.bfloat16):
+def make_weight(n: int, k: int, group: int = 128, zeros: bool = True):
     """A random weight and the float32 matrix that it stands for."""
-    if bits == 16:
-        dense = (torch.randn(n, k, device=DEVICE) * k**-0.5).to(dtype)
-        return sg.Weight(dense, n, k), dense.float()
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
     scales = ((torch.rand(n, k // group, device=DEVICE) + 0.5) * 0.2 * k**-0.5).half().float()
     z = torch.randint(0, 16, (n, k // group), dtype=torch.uint8, device=DEVICE)
@@ -49,14 +45,14 @@ def make_weight(n: int, k: int, bits: int, group: int = 128, zeros: bool = True,
 def check(number: int) -> float:
     """One random case; the relative error by norm. Raises AssertionError on a wrong one."""
     draw = random.Random(number)
-    bits, dtype = draw.choice((4, 4, 4, 16)), draw.choice((torch.bfloat16, torch.float16))
+    dtype = draw.choice((torch.bfloat16, torch.float16))
     n, k = 16 * draw.choice((1, 3, 12, 40, 130, 384)), 128 * draw.choice((2, 3, 5, 8, 16, 39))
     m = draw.choice((1, 2, 3, 4, 7, 8, 9, 16, 17, 32, 40, 64))
     gated = draw.random() < 0.3
     n = n * 2 if gated else n - draw.choice((0, 0, 8, 3))
     group, zeros = draw.choice((128, 128, 64, 32)), draw.random() < 0.6
     torch.manual_seed(number)
-    w, dense = make_weight(n, k, bits, group, zeros, dtype)
+    w, dense = make_weight(n, k, group, zeros)
     x = torch.randn(m, k, device=DEVICE).to(dtype)
     norm = (torch.rand(k, device=DEVICE) + 0.5).to(dtype) if m <= 8 and draw.random() < 0.5 else None
     bias = torch.randn(n, device=DEVICE).to(dtype) if draw.random() < 0.4 else None
@@ -84,11 +80,10 @@ def check(number: int) -> float:
         outs.append(guarded[1:-1])
     assert torch.equal(*outs), "not deterministic"
     error = ((outs[0].double() - expected).norm() / expected.norm()).item()
-    case = f"{number}: bits {bits} {dtype} m {m} n {n} k {k} group {group} zeros {zeros} {tiling} {arguments.keys()}"
+    case = f"{number}: {dtype} m {m} n {n} k {k} group {group} zeros {zeros} {tiling} {arguments.keys()}"
     assert error < 1e-2, f"error {error:.2e} in {case}"
-    if bits == 4:
-        wanted = dense.to(dtype)
-        assert (sg.dequantize(w, dtype).float() - wanted.float()).abs().max() <= 1e-2 * wanted.float().abs().max()
+    wanted = dense.to(dtype)
+    assert (sg.dequantize(w, dtype).float() - wanted.float()).abs().max() <= 1e-2 * wanted.float().abs().max()
     return error
 
 
@@ -185,35 +180,31 @@ def build(w: sg.Weight, m: int, gated: bool, norm: bool, residual: bool, tilings
 
 
 class Case:
-    """One shape, bit width and number of tokens, with weights enough to exceed the L2 cache."""
+    """One shape and number of tokens, with weights enough to exceed the L2 cache."""
 
-    def __init__(self, bits: int, shape: tuple[int, int, int], m: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], m: int) -> None:
         n, k, gated = shape
-        self.bits, self.n, self.k, self.m, self.gated = bits, n, k, m, bool(gated)
+        self.n, self.k, self.m, self.gated = n, k, m, bool(gated)
         self.norm, self.residual = n in (6144, 2048, 28672, 17920), n in (4096, 1536)
-        first, _ = make_weight(n, k, bits)
+        first, _ = make_weight(n, k)
         count = max(1, -(-_ROTATED_BYTES // first.data.nbytes))
-        self.weights = [first] + [sg.Weight(first.data.clone(), n, k, bits, 128, True) for _ in range(count - 1)]
+        self.weights = [first] + [sg.Weight(first.data.clone(), n, k) for _ in range(count - 1)]
 
     @property
     def name(self) -> str:
-        return f"{self.bits}:{self.n}x{self.k}:{self.m}"
+        return f"4:{self.n}x{self.k}:{self.m}"
 
     def measure(self, tiling: sg.Tiling | None = None) -> float:
         """Microseconds, with the tiling that is chosen by default or another one."""
         return measure(self.weights, self.m, self.gated, self.norm, self.residual, tiling)
 
-    def measure_cublas(self) -> float:
-        x = torch.randn(self.m, self.k, device=DEVICE).bfloat16()
-        return graph_time_us(lambda: [torch.mm(x, w.data.T) for w in self.weights], len(self.weights))
-
     def default_tiling(self) -> sg.Tiling:
         unit = self.weights[0].unit_bytes
-        return sg.choose_tiling(self.n, self.k, self.m, self.bits, unit, self.gated, self.norm and self.m <= 8)
+        return sg.choose_tiling(self.n, self.k, self.m, 4, unit, self.gated, self.norm and self.m <= 8)
 
     def tune(self, shortest: float, budget: int) -> tuple[float, sg.Tiling]:
         """The shortest time and its tiling, of the default one and `budget` random ones."""
-        draw = random.Random(f"{self.bits} {self.n} {self.k} {self.m}")
+        draw = random.Random(f"4 {self.n} {self.k} {self.m}")
         first, best, has_norm = self.weights[0], self.default_tiling(), self.norm and self.m <= 8
         tried = candidates(self.n, self.k, self.m, first.unit_bytes, self.gated, has_norm, budget, draw)
         for tiling in build(first, self.m, self.gated, self.norm, self.residual, tried):
@@ -275,7 +266,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--checks", type=int, default=150)
-    parser.add_argument("--bits", type=int, nargs="*", default=(4, 16))
     parser.add_argument("--tokens", type=int, nargs="*", help="only these M")
     args = parser.parse_args()
     bandwidth = measure_read_bandwidth(DEVICE)
@@ -284,20 +274,17 @@ def main() -> None:
         raise SystemExit(1)
     rows: list[dict[str, float]] = []
     tilings: dict[str, sg.Tiling] = {}
-    shapes = [(bits, shape) for bits in args.bits for shape in (SHAPES + HEADS if bits == 16 else SHAPES)]
-    jobs = [(bits, shape, m) for bits, shape in shapes for m in TOKENS[bits] if not args.tokens or m in args.tokens]
+    jobs = [(shape, m) for shape in SHAPES for m in TOKENS if not args.tokens or m in args.tokens]
     deadline = time.monotonic() + args.tune
     for index, job in enumerate(jobs):
         case = Case(*job)
-        row = {"bits": case.bits, "n": case.n, "k": case.k, "m": case.m, "us": case.measure()}
+        row = {"n": case.n, "k": case.k, "m": case.m, "us": case.measure()}
         row["floor_us"] = case.weights[0].data.nbytes / bandwidth * 1e6
         tilings[case.name] = case.default_tiling()
         left = deadline - time.monotonic()
         if args.tune and left > 0:
             budget = max(4, int(28 * min(1.0, left / args.tune * len(jobs) / (len(jobs) - index))))
             row["tuned_us"], tilings[case.name] = case.tune(row["us"], budget)
-        if case.bits == 16:
-            row["cublas_us"] = case.measure_cublas()
         rows.append(row)
         show(row)
         del case  # its memory, before the next one's

@@ -1,4 +1,4 @@
-"""Linear layers over 16-bit weights on the GPU: a kernel of our own for few tokens, cuBLAS for many."""
+"""Linear layers over 16-bit weights on the GPU: kernels of our own for few tokens, cuBLAS for many."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lmdeploy.kernels.cuda import skinny_gemm
-from lmdeploy.kernels.cuda.skinny_gemm import Weight
+from lmdeploy.kernels import invariant
+from lmdeploy.kernels.cuda import stream_gemm, tensor_gemm
 
-MAX_TOKENS = 16
 _HAS_WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 MAX_NORM_TOKENS = 8  # beyond them a norm of its own is faster than one in front of each block's product
+_STREAMED_TOKENS = 2  # up to which x is multiplied fast enough without the tensor cores, whatever its length
+_STREAMED_COLUMNS = 2048  # for stream_gemm.MAX_TOKENS
 
 
 def linear(
@@ -28,13 +28,20 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, weight [N, K]: [M, K] -> [M, N]; the result may take the residual's place."""
-    n, k = weight.shape
-    if len(x) <= MAX_TOKENS and skinny_gemm.supports(n, k, x.dtype, x.device):
-        x, fused = front_norm(x, norm_weight, norm_eps, norm_offset)
-        return skinny_gemm.skinny_gemm(
-            x, Weight(weight, n, k), bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
-        )
-    return matmul(normalize(x, norm_weight, norm_eps, norm_offset), weight, bias, residual, out_dtype)
+    if invariant.applies(len(x)) and len(x) > tensor_gemm.MAX_TOKENS:
+        same = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset, "out_dtype": out_dtype}
+        return invariant.in_pieces(
+            lambda rows, addend: linear(rows, weight, bias=bias, residual=addend, **same),  # type: ignore[arg-type]
+            x, residual, tensor_gemm.MAX_TOKENS,
+        )  # fmt: skip
+    rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "out": residual}
+    if is_streamed(x, weight):
+        norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
+        return stream_gemm.stream_gemm(x, weight, **rest, **norm)  # type: ignore[arg-type]
+    x = normalize(x, norm_weight, norm_eps, norm_offset)
+    if is_for_tensor_cores(x, weight):
+        return tensor_gemm.tensor_gemm(x, weight, **rest)
+    return matmul(x, weight, bias, residual, out_dtype)
 
 
 def gated_mlp(
@@ -51,27 +58,52 @@ def gated_mlp(
     residual: Tensor | None = None,
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(rms_norm(x)): [M, C] -> [M, C]."""
-    n, k = gate_up.shape
-    if len(x) <= MAX_TOKENS and n % 32 == 0 and skinny_gemm.supports(n, k, x.dtype, x.device):
-        x, fused = front_norm(x, norm_weight, norm_eps, norm_offset)
-        hidden = skinny_gemm.skinny_gemm(x, Weight(gate_up, n, k), bias=gate_up_bias, activation=activation, **fused)
+    if invariant.applies(len(x)) and len(x) > tensor_gemm.MAX_TOKENS:
+        biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, "norm_weight": norm_weight}
+        return invariant.in_pieces(
+            lambda rows, addend: gated_mlp(
+                rows, gate_up, down, activation, **biases, norm_eps=norm_eps, norm_offset=norm_offset, residual=addend
+            ),
+            x, residual, tensor_gemm.MAX_TOKENS,
+        )  # fmt: skip
+    if is_streamed(x, gate_up):
+        norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
+        hidden = stream_gemm.stream_gemm(x, gate_up, bias=gate_up_bias, activation=activation, **norm)  # type: ignore[arg-type]
+        return linear(hidden, down, bias=down_bias, residual=residual)
+    x = normalize(x, norm_weight, norm_eps, norm_offset)
+    if is_for_tensor_cores(x, gate_up, is_gated=True):
+        hidden = tensor_gemm.tensor_gemm(x, gate_up, bias=gate_up_bias, activation=activation)
     else:
         from lmdeploy.kernels import gated_activation
 
-        x = normalize(x, norm_weight, norm_eps, norm_offset)
         hidden = gated_activation(matmul(x, gate_up, gate_up_bias, None, None), activation)
     return linear(hidden, down, bias=down_bias, residual=residual)
+
+
+def is_for_tensor_cores(x: Tensor, weight: Tensor, is_gated: bool = False) -> bool:
+    """Whether Hopper's own kernel can and should: its sums have the same order whatever the number of tokens."""
+    if not tensor_gemm.supports(x, weight, is_gated):
+        return False
+    n, k = weight.shape
+    return invariant.applies(len(x)) or tensor_gemm.is_faster(len(x), n, k, is_gated)
+
+
+def is_streamed(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel for the fewest tokens runs: always where it is the only one, or is the faster one."""
+    if not stream_gemm.supports(x, weight) or invariant.applies(len(x)):
+        return False
+    return len(x) <= _STREAMED_TOKENS or weight.shape[1] <= _STREAMED_COLUMNS or not tensor_gemm.has_instructions()
 
 
 def matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None
 ) -> Tensor:
     """x W^T + bias + residual by cuBLAS; without a bias the residual is added by the product itself, in its place."""
-    if bias is None and residual is not None:
+    if bias is None and residual is not None and not invariant.applies(len(x)):
         return residual.addmm_(x, weight.T)
-    if out_dtype == torch.float32 and bias is None and _HAS_WIDE_OUTPUT:
+    if out_dtype == torch.float32 and bias is None and _HAS_WIDE_OUTPUT and not invariant.applies(len(x)):
         return torch.mm(x, weight.T, out_dtype=torch.float32)
-    out = F.linear(x, weight, bias)
+    out = invariant.linear(x, weight, bias)
     if residual is not None:
         out = out.add_(residual)
     return out if out_dtype is None else out.to(out_dtype)

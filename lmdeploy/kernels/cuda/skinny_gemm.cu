@@ -1,7 +1,6 @@
 // y[M,N] = norm(x)[M,K] W[N,K]^T (+ bias, + residual | activation(gate) * up)  for few tokens (M <= 64).
 //
 // Compiled by NVRTC without any header, one cubin per set of macros:
-//   WBITS 4|16     4: packed units (below). 16: a plain row-major matrix [N,K] in the activations' type
 //   GROUP 32..128  columns that share a scale (4 bits)     ZERO 1|0  an integer zero or a minimum per group (4 bits)
 //   FP16  0|1      activations bf16 or fp16                OUT32 0|1 y in float32
 //   MT    1..8     token tiles of 8                        TRW   tiles of 16 rows per warp
@@ -17,11 +16,11 @@
 //                  so that no lane multiplies zeros; the columns are added up after the loop
 //   BULK  0|1      weights by cp.async.bulk and mbarriers (sm_90) or by cp.async (sm_80)
 //
-// Packed 4-bit weights: [K/128][NT][UNIT bytes], NT = ceil(N/16). A unit is 16 rows x 128 columns: 1024 B of nibbles, then
+// Packed weights: [K/128][NT][UNIT bytes], NT = ceil(N/16). A unit is 16 rows x 128 columns: 1024 B of nibbles, then
 // for each group 16 x u32 (low half the scale in fp16, high half the zero as an integer or the minimum in fp16).
 // mma.m16n8k16, A = weights, B = tokens. Columns are permuted inside a unit so that a lane's B registers are 16-byte runs
 // of x: step s = 2i + h, lane quad t, element j  <->  column 32i + 8t + 4h + j. A u32 of nibbles is one lane's A fragment
-// of one step: bits 4p + 16e are register p, half e. Plain 16-bit rows give the same order without packing.
+// of one step: bits 4p + 16e are register p, half e.
 //
 // The nibbles become exact integers BASE + q; what they stand for, scale * q + offset, is applied to the float32
 // accumulators once per group, with the sum of x over the group coming from one more mma against ones. Weights are
@@ -34,14 +33,8 @@ typedef unsigned long long u64;
 #define WARPS (WN * WK)
 #define THREADS (WARPS * 32)
 #define GROUPS (128 / GROUP)
-#if WBITS == 4
 #define UNIT (1024 + 64 * GROUPS)              // bytes in memory and in a stage
 #define STEPS_PER_GROUP (4 / GROUPS)           // pieces of 32 columns
-#else
-#define WROW 320                               // bytes of a row's 128 columns in a stage: 64 more, against bank conflicts
-#define UNIT (16 * WROW)
-#define STEPS_PER_GROUP 4
-#endif
 #define STAGE_BYTES (TRW * UNIT)
 #define XROW 320
 #define XSTAGE (WK * MT * 8 * XROW)
@@ -49,11 +42,10 @@ typedef unsigned long long u64;
 #define MG (MT < 4 ? MT : 4)
 #define PD (MT <= 2 ? 4 : (MT <= 4 ? 2 : 1))   // prefetch distance of x, in pieces of 32 columns
 #define P (MT == 1 && !XS ? 8 / MP : 1)        // k-units per block of x loads
-#define SCALED (WBITS == 4)
-#define RESCALE (SCALED && MT > 2)             // accumulators are kept in units of the current scale: fewer registers
+#define RESCALE (MT > 2)                       // accumulators are kept in units of the current scale: fewer registers
 #define SUBTRACT (RESCALE && ZERO)             // zeros are subtracted from the weights: cheaper than sums for many tokens
-#define SUMS (SCALED && !SUBTRACT)
-#define USE_TMP (!RESCALE && (SCALED || P > 1))
+#define SUMS (!SUBTRACT)
+#define USE_TMP (!RESCALE)
 #if FP16
 #define TY "f16"
 #define ONES 0x3c003c00u
@@ -173,13 +165,8 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
   const int KU = K >> 7, k0 = crank * KU / CL, k1 = (crank + 1) * KU / CL;   // this block's k-units
   const int nit = nt > 0 && k1 - k0 > wk ? (k1 - k0 - wk + WK - 1) / WK : 0;
   const u32 xring = smem_u32(smem), ring = xring + XBYTES + warp * (STAGES * STAGE_BYTES);
-#if WBITS == 4
   const char* src = w + ((long long)(k0 + wk) * NT + wt0) * UNIT;
   const long long kstep = (long long)WK * NT * UNIT, upstep = (long long)TILES * UNIT;
-#else
-  const char* src = w + ((long long)wt0 * 16 * K + (long long)(k0 + wk) * 128) * 2;
-  const long long kstep = (long long)WK * 256, upstep = (long long)TILES * 16 * K * 2;
-#endif
   // In a stage the tiles lie one after the other, gates before ups; SLOT is the place of register tile r.
 #define SLOT(r) (EPI == 2 && (r) >= TPW ? nt + (r) - TPW : (r))
 #if BULK
@@ -195,7 +182,6 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
 #endif
   auto fetch = [&](int s) {
     const u32 dst = ring + s * STAGE_BYTES;
-#if WBITS == 4
 #if BULK
     if (lane == 0) {
       expect(bar + 8 * s, (EPI == 2 ? 2 : 1) * nt * UNIT);
@@ -207,23 +193,6 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
       copy16(dst + e, src + e);
       if (EPI == 2) copy16(dst + nt * UNIT + e, src + upstep + e);
     }
-#endif
-#else
-    const int rows = min(nt * 16, (EPI == 2 ? N / 2 : N) - wt0 * 16);
-#if BULK
-    if (lane == 0) expect(bar + 8 * s, (EPI == 2 ? 2 : 1) * rows * 256);
-    __syncwarp();
-    for (int r = lane; r < rows; r += 32) {
-      bulk_copy(dst + r * WROW, src + (long long)r * K * 2, 256, bar + 8 * s, policy);
-      if (EPI == 2) bulk_copy(dst + (nt * 16 + r) * WROW, src + upstep + (long long)r * K * 2, 256, bar + 8 * s, policy);
-    }
-#else
-    for (int e = lane; e < rows * 16; e += 32) {
-      const int r = e >> 4, c = (e & 15) * 16;
-      copy16(dst + r * WROW + c, src + (long long)r * K * 2 + c);
-      if (EPI == 2) copy16(dst + (nt * 16 + r) * WROW + c, src + upstep + (long long)r * K * 2 + c);
-    }
-#endif
 #endif
     src += kstep;
   };
@@ -320,7 +289,6 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       if (i % STEPS_PER_GROUP == 0) {
-#if SCALED
         constexpr float BASE0 = FP16 ? 1024.f : 128.f, BASE1 = FP16 ? 64.f : 128.f;
 #pragma unroll
         for (int r = 0; r < TRW; r++)
@@ -349,7 +317,6 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
 #endif
             sc[r][h] = FP16 && h && !RESCALE ? s * 0.0625f : s;
           }
-#endif
 #if USE_TMP
 #pragma unroll
         for (int r = 0; r < TRW; r++)
@@ -362,7 +329,6 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
 #endif
       }
       u32 a[2][TRW][4];
-#if WBITS == 4
       if (i % 2 == 0) {
 #pragma unroll
         for (int r = 0; r < TRW; r++) wv[r] = lds128(st + SLOT(r) * UNIT + (i / 2) * 512 + lane * 16);
@@ -378,15 +344,6 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
           a[h][r][1] = fma2(a[h][r][1], 0x2c002c00u, 0u); a[h][r][3] = fma2(a[h][r][3], 0x2c002c00u, 0u);
 #endif
         }
-#else
-#pragma unroll
-      for (int r = 0; r < TRW; r++) {
-        const uint4 q0 = lds128(st + (SLOT(r) * 16 + g) * WROW + i * 64 + t * 16);
-        const uint4 q1 = lds128(st + (SLOT(r) * 16 + g + 8) * WROW + i * 64 + t * 16);
-        a[0][r][0] = q0.x; a[0][r][1] = q1.x; a[0][r][2] = q0.y; a[0][r][3] = q1.y;
-        a[1][r][0] = q0.z; a[1][r][1] = q1.z; a[1][r][2] = q0.w; a[1][r][3] = q1.w;
-      }
-#endif
 #if XS
 #pragma unroll
       for (int m0 = 0; m0 < MT; m0 += MG) {      // MG token tiles at a time: MG * TRW independent mma in a row
@@ -441,11 +398,7 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
 #pragma unroll
             for (int j = 0; j < 4; j++)
               if (col[j & 1])
-#if SCALED
                 acc[r][m][j] += sc[r][j >> 1] * tmp[r][m][j] + off[r][j >> 1] * sum[m][j & 1];
-#else
-                acc[r][m][j] += tmp[r][m][j];
-#endif
 #elif SUMS
 #pragma unroll
         for (int r = 0; r < TRW; r++)

@@ -16,14 +16,14 @@ from lmdeploy.kernels.cuda.driver import Kernel
 MAX_TOKENS = 64
 COLUMNS = 128  # of a unit; K must be a multiple
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_ROW_BYTES = 320  # of 128 16-bit columns in shared memory
+_ROW_BYTES = 320  # of 128 columns of x in shared memory
 _STATIC_SHARED_BYTES = 2 << 10  # at most, of barriers and a norm's sums
 _NO_EPILOGUE, _RESIDUAL, _GATED = range(3)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [n, k] as the kernel reads it: packed units of `group_size` columns a scale, or with bits 16 plain rows.
+    """A 4-bit weight [n, k] as the kernel reads it: packed units of `group_size` columns a scale.
 
     has_zeros: groups have an integer zero, not a minimum.
     """
@@ -31,14 +31,14 @@ class Weight:
     data: Tensor
     n: int
     k: int
-    bits: int = 16
+    bits: int = 4
     group_size: int = COLUMNS
     has_zeros: bool = True
 
     @property
     def unit_bytes(self) -> int:
         """Bytes of 16 rows x 128 columns in a stage of shared memory."""
-        return unit_bytes(self.group_size) if self.bits == 4 else 16 * _ROW_BYTES
+        return unit_bytes(self.group_size)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Tiling:
 class Variant:
     """Everything that the compiled kernel depends on."""
 
-    bits: int
     group_size: int
     has_zeros: bool
     is_half: bool
@@ -77,7 +76,7 @@ class Variant:
     def macros(self, is_bulk: bool) -> dict[str, object]:
         t = self.tiling
         return {
-            "WBITS": self.bits, "GROUP": self.group_size, "ZERO": int(self.has_zeros), "FP16": int(self.is_half),
+            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "FP16": int(self.is_half),
             "OUT32": int(self.out_float), "MT": self.token_tiles, "TRW": t.row_tiles, "WN": t.warps_n, "WK": t.warps_k,
             "STAGES": t.stages, "CL": t.cluster, "EPI": self.epilogue, "ACT": self.activation,
             "BIAS": int(self.has_bias), "NORM": int(self.has_norm), "NORM_OFFSET": f"{self.norm_offset}f",
@@ -88,7 +87,12 @@ class Variant:
 
 def supports(n: int, k: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights [n, k] can be multiplied here by activations of the dtype."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or k % COLUMNS or n < 16:
+    return k % COLUMNS == 0 and n >= 16 and runs_on(device, dtype)
+
+
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels of this folder take activations of the dtype on the device."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0) and is_available()
 
@@ -195,7 +199,6 @@ def choose_variant(
     """The compiled form that multiplies m tokens."""
     token_tiles = 1 if m <= 8 else 2 if m <= 16 else 4 if m <= 32 else 8
     return Variant(
-        bits=w.bits,
         group_size=w.group_size,
         has_zeros=w.has_zeros,
         is_half=dtype == torch.float16,

@@ -7,25 +7,22 @@ from pathlib import Path
 import pytest
 
 from lmdeploy.kernels.cuda import nvrtc
-from lmdeploy.kernels.cuda.decode_attention import SHAPES, macros_of
 from lmdeploy.kernels.cuda.skinny_gemm import Tiling, Variant
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
-PLAIN, INT8, INT4 = range(3)
-FORMS = [(PLAIN, PLAIN, 128), (PLAIN, PLAIN, 80), (INT8, INT8, 128), (INT4, INT4, 128), (INT8, INT4, 64)]
 
 
-def variant(bits: int, token_tiles: int, epilogue: int, tiling: Tiling, *, is_half: bool, has_norm: bool) -> Variant:
+def variant(token_tiles: int, epilogue: int, tiling: Tiling, *, is_half: bool, has_norm: bool) -> Variant:
     return Variant(
-        bits, 32 if is_half else 128, not is_half, is_half, epilogue == 0, token_tiles, 8 if token_tiles > 1 else 2,
+        32 if is_half else 128, not is_half, is_half, epilogue == 0, token_tiles, 8 if token_tiles > 1 else 2,
         epilogue, 0, epilogue != 1, has_norm, 1.0, tiling,
     )  # fmt: skip
 
 
 VARIANTS = [
-    variant(4, 1, 1, Tiling(2, 1, 8, 3, 1, 100), is_half=False, has_norm=True),
-    variant(4, 8, 0, Tiling(2, 4, 1, 2, 1, 100, 1, 3), is_half=True, has_norm=False),
-    variant(16, 1, 2, Tiling(4, 2, 4, 2, 1, 100), is_half=False, has_norm=True),
+    variant(1, 1, Tiling(2, 1, 8, 3, 1, 100), is_half=False, has_norm=True),
+    variant(8, 0, Tiling(2, 4, 1, 2, 1, 100, 1, 3), is_half=True, has_norm=False),
+    variant(1, 2, Tiling(4, 2, 4, 2, 1, 100), is_half=False, has_norm=True),
 ]
 
 
@@ -44,12 +41,6 @@ def test_every_kernel_compiles(arch: str) -> None:
     is_bulk = arch not in ("sm_80", "sm_86", "sm_89")
     for one in VARIANTS:
         assert nvrtc.cubin("skinny_gemm.cu", one.macros(is_bulk), arch)
-    for keys, values, dim in FORMS:
-        is_half = keys != PLAIN
-        piece = dim if values == INT4 else 1
-        assert nvrtc.cubin(
-            "decode_attention.cu", macros_of(dim, 4, 8, 64, keys, values, is_half, False, piece, SHAPES[keys]), arch
-        )
 
 
 def test_what_was_compiled_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

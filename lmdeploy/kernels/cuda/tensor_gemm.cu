@@ -1,0 +1,254 @@
+// y[M,N] = x[M,K] W[N,K]^T (+ bias, + residual | activation(gate) * up) for up to 256 tokens; W plain rows of 16 bits; sm_90a.
+//
+// Compiled by NVRTC without any header, one cubin per set of macros:
+//   NW     rows of W of a warpgroup, a multiple of 8 (gated: of 16, half of them gates), up to 256
+//   MT     token tiles of 64                               XROWS  rows of x that are copied, a multiple of 8 up to 64 MT
+//   WGN    warpgroups along W's rows, for each token tile
+//   KS     pieces of 64 columns in a stage                 STAGES depth of the ring
+//   CL     cluster size: K split over blocks that add up through distributed shared memory
+//   FP16  0|1      activations and weights bf16 or fp16    OUT32 0|1 y in float32
+//   EPI   0 nothing, 1 add residual, 2 activation(gate) * up: rows 0..N/2 are gates, the others ups, y is [M,N/2]
+//   ACT   0 silu, 1 gelu, 2 gelu_tanh                      BIAS  0|1
+//   ACCUMULATORS, REGISTERS, DESCRIPTORS  the operands of the wgmma of NW columns, which PTX wants written out
+//
+// wgmma.m64nNWk16: tokens are the left operand and rows of W the right one, both from shared memory, so that a block can own
+// any multiple of 8 rows and N spreads evenly over the SMs; tokens short of 64 are multiplied for nothing, which is free
+// as long as reading W takes longer. One warp copies: boxes of 64 columns in the 128-byte swizzle through tensor maps into a
+// ring, x before W in each stage; W's boxes of the first round are requested before griddepcontrol.wait. Rows of x that
+// are not copied are whatever lies there, and give rows of y that nobody stores. With CL > 1 each block of a
+// cluster has a part of K, and finishes a part of the columns. Every sum has a fixed order: equal bits on every run.
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+struct __align__(64) Map { char bytes[128]; };
+
+#define NB (NW * WGN)                        // rows of W of a block
+#define CONSUMERS (128 * MT * WGN)
+#define THREADS (CONSUMERS + 32)
+#define XBYTES (XROWS * 128)                 // of 64 columns
+#define WBYTES (NB * 128)
+#define STAGE_BYTES (KS * (XBYTES + WBYTES))
+#define CHUNKS (NW / 8)
+#define OUTS (EPI == 2 ? CHUNKS / 2 : CHUNKS)   // chunks of 8 columns of y of a warpgroup
+#define OUT_ROWS (WGN * OUTS * 8)
+#define SLACK (XROWS < 64 ? 8192 : 0)        // behind the ring, since a token tile is read as a whole
+#define PART ((OUTS + CL - 1) / CL)          // of those, what a block of the cluster finishes at most
+#if FP16
+#define TY "f16"
+#else
+#define TY "bf16"
+#endif
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ u32 ldg32(const u16* p) { u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
+#if FP16
+__device__ __forceinline__ float lo(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
+__device__ __forceinline__ float hi(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,b;}" : "=f"(f) : "r"(v)); return f; }
+#else
+__device__ __forceinline__ float lo(u32 v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ float hi(u32 v) { return __uint_as_float(v & 0xffff0000u); }
+#endif
+__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn." TY "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
+
+__device__ __forceinline__ float activation(float v) {
+#if ACT == 0
+  return __fdividef(v, 1.f + __expf(-v));
+#elif ACT == 1
+  return 0.5f * v * (1.f + erff(v * 0.70710678f));
+#else
+  const float u = 0.79788456f * (v + 0.044715f * v * v * v);
+  return __fdividef(v, 1.f + __expf(-2.f * u));
+#endif
+}
+
+__device__ __forceinline__ void init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
+__device__ __forceinline__ void arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
+__device__ __forceinline__ void wait(u32 bar, u32 parity) {
+  asm volatile("{\n.reg .pred p;\nW_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra W_%=;\n}" :: "r"(bar), "r"(parity) : "memory"); }
+__device__ __forceinline__ void copy_box(u32 dst, const Map* map, int column, int row, u32 bar, u64 policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
+      :: "r"(dst), "l"(map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory"); }
+__device__ __forceinline__ float4 lds128(u32 a) {
+  float4 v; asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a)); return v; }
+__device__ __forceinline__ void stcluster(u32 a, u32 rank, float x, float y, float z, float w) {
+  u32 r;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" :: "r"(r), "f"(x), "f"(y), "f"(z), "f"(w) : "memory"); }
+// The block of a cluster that finishes a chunk
+__device__ __forceinline__ constexpr int owner_of(int chunk) { return ((chunk + 1) * CL - 1) / OUTS; }
+
+// A tile in shared memory: rows of 128 bytes whose 16-byte pieces are swizzled by the row's number modulo 8
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62; }
+__device__ __forceinline__ void wgmma(float (&d)[NW / 2], u64 a, u64 b) {
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n" TEXT(NW) "k16.f32." TY "." TY " {" REGISTERS "}, " DESCRIPTORS ", p, 1, 1, 0, 0;\n}"
+      : ACCUMULATORS : "l"(a), "l"(b)); }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, void* y, const u16* residual,
+            const u16* __restrict__ bias, int M, int N, int K, int ldy) {
+  extern __shared__ __align__(1024) char smem[];
+  __shared__ __align__(8) u64 bars[2 * STAGES];
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+  const u32 ring = (smem_u32(smem) + 1023) & ~1023u, full = smem_u32(bars), empty = full + 8 * STAGES;
+  const int rank = CL > 1 ? blockIdx.x % CL : 0, row0 = blockIdx.x / CL * OUT_ROWS, outs = EPI == 2 ? N / 2 : N;
+  const int total = (K + 64 * KS - 1) / (64 * KS), s0 = rank * total / CL, steps = (rank + 1) * total / CL - s0;
+
+  u64 stream, keep;      // W is read once, x by every block
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(stream));
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+  auto copy_w = [&](int step, int slot) {
+    const u32 bar = full + 8 * slot;
+    expect(bar, STAGE_BYTES);
+#pragma unroll
+    for (int i = 0; i < KS; i++) {
+      const u32 dst = ring + slot * STAGE_BYTES + KS * XBYTES + i * WBYTES;
+      const int column = ((s0 + step) * KS + i) * 64;
+      if (EPI != 2) copy_box(dst, &wmap, column, row0, bar, stream);
+      else
+#pragma unroll
+        for (int g = 0; g < WGN; g++) {      // each warpgroup's gates, then its ups
+          copy_box(dst + g * (NW * 128), &wmap, column, row0 + g * (NW / 2), bar, stream);
+          copy_box(dst + g * (NW * 128) + NW * 64, &wmap, column, outs + row0 + g * (NW / 2), bar, stream);
+        }
+    }
+  };
+  auto copy_x = [&](int step, int slot) {
+#pragma unroll
+    for (int i = 0; i < KS; i++)
+      copy_box(ring + slot * STAGE_BYTES + i * XBYTES, &xmap, ((s0 + step) * KS + i) * 64, 0, full + 8 * slot, keep);
+  };
+  if (tid == CONSUMERS) {
+    for (int s = 0; s < STAGES; s++) { init(full + 8 * s, 1); init(empty + 8 * s, CONSUMERS / 32); }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int s = 0; s < STAGES && s < steps; s++) copy_w(s, s);
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&xmap) : "memory");
+  }
+#if CL > 1
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");      // it runs: its shared memory may be written
+#endif
+  __syncthreads();
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+
+  // This thread's tokens are token0 and token0 + 8, its columns of y column0, column0 + 1 and those 8, 16, ... behind; it
+  // finishes chunks c0 .. c1 of 8 columns. The residual is fetched now.
+  const int token0 = (warp >> 2) % MT * 64 + (warp & 3) * 16 + (lane >> 2), column0 = row0 + (warp >> 2) / MT * (OUTS * 8) + 2 * (lane & 3);
+  const int c0 = rank * OUTS / CL, c1 = (rank + 1) * OUTS / CL;
+  u32 added[EPI == 1 ? PART : 1][2];
+  if (EPI == 1 && tid < CONSUMERS) {
+#pragma unroll
+    for (int i = 0; i < PART; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int n = column0 + (c0 + i) * 8, token = token0 + 8 * h;
+        added[EPI == 1 ? i : 0][h] = c0 + i < c1 && n < outs && token < M ? ldg32(residual + (long long)token * ldy + n) : 0;
+      }
+  }
+
+  float d[NW / 2];
+#pragma unroll
+  for (int i = 0; i < NW / 2; i++) d[i] = 0.f;
+  if (tid == CONSUMERS) {
+    for (int s = 0; s < STAGES && s < steps; s++) copy_x(s, s);
+    int slot = 0; u32 parity = 0;
+#pragma unroll 1
+    for (int step = STAGES; step < steps; step++) {
+      wait(empty + 8 * slot, parity);
+      copy_w(step, slot);
+      copy_x(step, slot);
+      if (++slot == STAGES) { slot = 0; parity ^= 1; }
+    }
+  }
+  if (tid < CONSUMERS) {
+    const u32 tokens = ring + (warp >> 2) % MT * 8192, rows = ring + KS * XBYTES + (warp >> 2) / MT * (NW * 128);
+    int slot = 0, before = 0; u32 parity = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+      wait(full + 8 * slot, parity);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < KS; i++) {
+        const u64 a = descriptor(tokens + slot * STAGE_BYTES + i * XBYTES);
+        const u64 b = descriptor(rows + slot * STAGE_BYTES + i * WBYTES);
+#pragma unroll
+        for (int j = 0; j < 4; j++) wgmma(d, a + 2 * j, b + 2 * j);
+      }
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (step > 0 && lane == 0) arrive(empty + 8 * before);
+      before = slot;
+      if (++slot == STAGES) { slot = 0; parity ^= 1; }
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : ACCUMULATORS :: "memory");
+  }
+
+  // A thread holds d[4 c + 2 h + e]: token token0 + 8 h, column 8 c + column0 + e of its warpgroup's.
+  auto finish = [&](int chunk, const float (&v)[4], const float (&up)[4], const u32 (&added)[2]) {
+    const int n = column0 + chunk * 8;
+    if (n >= outs) return;
+    const u32 offset = BIAS ? *(const u32*)(bias + n) : 0, up_offset = BIAS && EPI == 2 ? *(const u32*)(bias + outs + n) : 0;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int token = token0 + 8 * h;
+      if (token >= M) continue;
+      float first = v[2 * h], second = v[2 * h + 1];
+      if (BIAS) { first += lo(offset); second += hi(offset); }
+      if (EPI == 1) { first += lo(added[h]); second += hi(added[h]); }
+      if (EPI == 2) {
+        first = activation(first) * (up[2 * h] + (BIAS ? lo(up_offset) : 0.f));
+        second = activation(second) * (up[2 * h + 1] + (BIAS ? hi(up_offset) : 0.f));
+      }
+      const long long place = (long long)token * ldy + n;
+      if (OUT32) *(float2*)((float*)y + place) = make_float2(first, second);
+      else *(u32*)((u16*)y + place) = pack16(first, second);
+    }
+  };
+#if CL == 1
+  if (tid < CONSUMERS) {
+#pragma unroll
+    for (int c = 0; c < OUTS; c++) {
+      const int u = EPI == 2 ? c + OUTS : c;
+      const float v[4] = {d[4 * c], d[4 * c + 1], d[4 * c + 2], d[4 * c + 3]}, up[4] = {d[4 * u], d[4 * u + 1], d[4 * u + 2], d[4 * u + 3]};
+      finish(c, v, up, added[EPI == 1 ? c : 0]);
+    }
+  }
+#else
+  // Each block of the cluster finishes chunks c0 .. c1. The others send it theirs: parts[source][chunk - c0][thread].
+  constexpr int HALVES = EPI == 2 ? 2 : 1;
+  const u32 parts = ring + STAGES * STAGE_BYTES + SLACK;
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (tid < CONSUMERS) {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+      const int owner = owner_of(c % OUTS), at = (c % OUTS - owner * OUTS / CL) * HALVES + c / OUTS;
+      stcluster(parts + ((rank * PART * HALVES + at) * CONSUMERS + tid) * 16, owner, d[4 * c], d[4 * c + 1], d[4 * c + 2], d[4 * c + 3]);
+    }
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (tid < CONSUMERS) {
+#pragma unroll
+    for (int i = 0; i < PART; i++) {
+      if (c0 + i >= c1) break;
+      float v[2][4] = {};
+#pragma unroll
+      for (int r = 0; r < CL; r++)
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+          const float4 q = lds128(parts + (((r * PART + i) * HALVES + h) * CONSUMERS + tid) * 16);
+          v[h][0] += q.x; v[h][1] += q.y; v[h][2] += q.z; v[h][3] += q.w;
+        }
+      finish(c0 + i, v[0], v[HALVES - 1], added[EPI == 1 ? i : 0]);
+    }
+  }
+#endif
+}
