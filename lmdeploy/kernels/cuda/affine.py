@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmdeploy.kernels.cuda import dense, skinny_gemm
+from lmdeploy.kernels import invariant
+from lmdeploy.kernels.cuda import dense, skinny_gemm, wide_gemm
 from lmdeploy.kernels.cuda.skinny_gemm import MAX_TOKENS, Weight
 
 _GROUP_SIZES = (32, 64, 128)
@@ -76,7 +77,16 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, [M, K] -> [M, N]; the result may take the residual's place."""
-    if len(x) <= MAX_TOKENS:
+    if invariant.applies(len(x)) and len(x) > MAX_TOKENS:
+        same = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset, "out_dtype": out_dtype}
+        return invariant.in_pieces(
+            lambda rows, addend: linear(rows, w, bias=bias, residual=addend, **same),  # type: ignore[arg-type]
+            x, residual, MAX_TOKENS,
+        )  # fmt: skip
+    if _is_wide(x, w):
+        x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+        return wide_gemm.wide_gemm(x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual)
+    if _is_skinny(x):
         x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
         return skinny_gemm.skinny_gemm(
             x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
@@ -97,7 +107,16 @@ def gated_mlp(
     residual: Tensor | None = None,
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(rms_norm(x)): [M, C] -> [M, C]."""
-    if len(x) <= MAX_TOKENS and gate_up.n % 32 == 0:
+    if invariant.applies(len(x)) and len(x) > MAX_TOKENS:
+        norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
+        return invariant.in_pieces(
+            lambda rows, addend: gated_mlp(rows, gate_up, down, activation, residual=addend, **norm),  # type: ignore[arg-type]
+            x, residual, MAX_TOKENS,
+        )  # fmt: skip
+    if _is_wide(x, gate_up) and gate_up.n % 32 == 0:
+        x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+        hidden = wide_gemm.wide_gemm(x, gate_up.weight, activation=activation)
+    elif _is_skinny(x) and gate_up.n % 32 == 0:
         x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
         hidden = skinny_gemm.skinny_gemm(x, gate_up.weight, activation=activation, **fused)
     else:
@@ -120,6 +139,16 @@ def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
     rows = torch.arange(len(ids), device=ids.device) * 16 + ids % 16
     wide = q[rows].float().unflatten(-1, (-1, weight.group_size))
     return (wide * scales[rows, :, None] + mins[rows, :, None]).flatten(-2).to(dtype)
+
+
+def _is_wide(x: Tensor, w: PackedAffine) -> bool:
+    """Whether Hopper's own kernel can, and should: it is the fastest, or its sums must not depend on the number of tokens."""
+    return (invariant.applies(len(x)) or len(x) >= wide_gemm.FIRST_TOKENS) and wide_gemm.supports(x, w.weight)
+
+
+def _is_skinny(x: Tensor) -> bool:
+    """Whether x has few enough tokens for mma.sync, whose order of summation differs from 8 tokens to 32."""
+    return len(x) <= MAX_TOKENS and not invariant.applies(len(x))
 
 
 def _copy(w: PackedAffine, dtype: torch.dtype) -> Tensor:

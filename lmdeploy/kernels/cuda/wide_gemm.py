@@ -1,0 +1,232 @@
+"""Products of up to 64 tokens and packed 4-bit weights on Hopper: choice of a variant, launch. See wide_gemm.cu."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lmdeploy.kernels.cuda import nvrtc
+from lmdeploy.kernels.cuda.driver import Kernel
+from lmdeploy.kernels.cuda.skinny_gemm import ACTIVATIONS, COLUMNS, Weight
+
+FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm; fewer it multiplies as well
+_ARCH = "sm_90a"
+_TILES_PER_GROUP = 4  # of 16 rows that a warpgroup multiplies at once
+_MAX_SHARED_BYTES = 226 << 10  # of the 227 KiB, the barriers are static
+_RING_BYTES, _STAGES = 112_000, 4  # more were slower: the activations queue behind the weights
+_NO_EPILOGUE, _RESIDUAL, _GATED = range(3)
+# Registers that a thread has for accumulators and all else, by the warpgroups that multiply.
+_REGISTERS = {1: 240, 2: 200, 3: 136, 4: 96}
+_OTHER_REGISTERS = 60
+# Sizes of clusters, and the part of all SMs that they fill at once: 132, 66, 30 and 15 of them on an H100, as its driver says.
+_CLUSTERS = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.91}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is spread over warpgroups and blocks; the names are the macros' of wide_gemm.cu."""
+
+    row_tiles: int
+    groups_n: int
+    groups_k: int
+    stages: int
+    cluster: int
+    row_blocks: int
+    trigger: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tiles of 16 rows that a block's warps have accumulators for."""
+        return self.row_tiles * self.groups_n * _TILES_PER_GROUP
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the warpgroups that multiply and the one that loads."""
+        return 128 * (self.groups_n * self.groups_k + 1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Everything that the compiled kernel depends on."""
+
+    group_size: int
+    has_zeros: bool
+    is_half: bool
+    out_float: bool
+    tokens: int
+    epilogue: int
+    activation: int
+    has_bias: bool
+    tiling: Tiling
+
+    def macros(self) -> dict[str, object]:
+        """What wide_gemm.cu is compiled with."""
+        t = self.tiling
+        return {
+            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "FP16": int(self.is_half),
+            "OUT32": int(self.out_float), "NT": self.tokens, "WT": t.row_tiles, "WN": t.groups_n, "WK": t.groups_k,
+            "STAGES": t.stages, "CL": t.cluster, "TRIG": t.trigger, "EPI": self.epilogue, "ACT": self.activation,
+            "BIAS": int(self.has_bias),
+        }  # fmt: skip
+
+
+def supports(x: Tensor, w: Weight) -> bool:
+    """Whether the weight can be multiplied here by x [M, K], M up to 64."""
+    if not w.data.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or len(x) > MAX_TOKENS:
+        return False
+    is_aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return is_aligned and torch.cuda.get_device_capability(w.data.device) == (9, 0)
+
+
+def wide_gemm(
+    x: Tensor,
+    w: Weight,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    tiling: Tiling | None = None,
+    tokens: int | None = None,
+) -> Tensor:
+    """x W^T + bias + residual, or activation(gate) * up of its halves: [M, K] -> [M, N] or [M, N / 2].
+
+    Rows of x and residual may be apart; `out` may be the residual. tokens: those of a tile, by default as few as hold M.
+    """
+    m = len(x)
+    epilogue = _GATED if activation is not None else _NO_EPILOGUE if residual is None else _RESIDUAL
+    rows = w.n // 2 if epilogue == _GATED else w.n
+    if out is None:
+        out = torch.empty(m, rows, dtype=out_dtype or x.dtype, device=x.device)
+    if residual is not None and residual.stride(0) != out.stride(0):
+        residual = residual.contiguous()
+    variant = choose_variant(
+        w, tokens or tokens_of(m), x.dtype, epilogue, activation, bias is not None, out.dtype == torch.float32, tiling
+    )
+    t = variant.tiling
+    held = tiles_per_block(w.n, t, epilogue == _GATED)
+    is_aligned = rows % 4 == 0 and all(
+        part.stride(0) % 4 == 0 and part.data_ptr() % (4 * part.element_size()) == 0
+        for part in (out, residual)
+        if part is not None
+    )
+    arguments = (w.data, x, out, residual, bias, m, w.n, w.k, x.stride(0), out.stride(0), held, int(is_aligned))
+    _kernel(variant, held, w.unit_bytes)(t.row_blocks * t.cluster, arguments)
+    return out
+
+
+def choose_variant(
+    w: Weight,
+    tokens: int,
+    dtype: torch.dtype,
+    epilogue: int,
+    activation: str | None,
+    has_bias: bool,
+    out_float: bool,
+    tiling: Tiling | None = None,
+) -> Variant:
+    """The compiled form for tiles of so many tokens."""
+    return Variant(
+        group_size=w.group_size,
+        has_zeros=w.has_zeros,
+        is_half=dtype == torch.float16,
+        out_float=out_float,
+        tokens=tokens,
+        epilogue=epilogue,
+        activation=0 if activation is None else ACTIVATIONS.index(activation),
+        has_bias=has_bias,
+        tiling=tiling or choose_tiling(w.n, w.k, w.unit_bytes, epilogue == _GATED),
+    )
+
+
+def tokens_of(m: int) -> int:
+    """Tokens of the tile that m tokens take."""
+    return next(size for size in (8, 16, 32, MAX_TOKENS) if m <= size)
+
+
+@functools.cache
+def choose_tiling(n: int, k: int, unit_bytes: int, is_gated: bool) -> Tiling:
+    """The measured best for the shape where there is one for this GPU, else a rule; whatever the number of tokens."""
+    num_sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    found = _table(num_sms).get(f"{n}x{k}{':gated' if is_gated else ''}")
+    if found is not None:
+        tiling = Tiling(*found)
+        if shared_bytes(MAX_TOKENS, tiling, tiles_per_block(n, tiling, is_gated), unit_bytes) <= _MAX_SHARED_BYTES:
+            return tiling
+    return rule_tiling(n, k, unit_bytes, is_gated, num_sms)
+
+
+def rule_tiling(n: int, k: int, unit_bytes: int, is_gated: bool, num_sms: int) -> Tiling:
+    """The shortest time by a model that was fitted to 250 tilings of eight shapes, measured on an H100."""
+    return min(tilings(n, k, unit_bytes, is_gated, num_sms), key=lambda t: (cost(t, k, num_sms), -t.groups_n))
+
+
+def cost(tiling: Tiling, k: int, num_sms: int) -> float:
+    """About the microseconds of 64 tokens, less what all tilings have in common."""
+    t = tiling
+    waves = -(-t.row_blocks // (int(num_sms * _CLUSTERS[t.cluster]) // t.cluster))
+    units = -(-(k // COLUMNS) // t.cluster)
+    groups = t.groups_n * t.groups_k  # one's weights are made while another multiplies
+    alone = 1.3 if groups == 1 else 1.12 if t.groups_n == 1 or t.groups_k > 1 else 1.05 if groups == 4 else 1.0
+    return waves * ((0.22 * t.row_tiles * t.groups_n + 0.27) * units * alone + 0.3 * t.cluster)
+
+
+def tilings(n: int, k: int, unit_bytes: int, is_gated: bool, num_sms: int) -> Iterator[Tiling]:
+    """All that fit into registers and shared memory with 64 tokens."""
+    sides, units = 2 if is_gated else 1, k // COLUMNS
+    tiles = -(-n // 16) // sides
+    for groups_n, groups_k in ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (4, 1)):
+        for row_tiles in (1, 2, 3, 4):
+            if row_tiles * MAX_TOKENS // 2 + _OTHER_REGISTERS > _REGISTERS[groups_n * groups_k]:
+                continue
+            for cluster, part in _CLUSTERS.items():
+                if groups_k * cluster > units:
+                    continue
+                capacity = row_tiles * groups_n * _TILES_PER_GROUP // sides
+                blocks = max(-(-tiles // capacity), min(tiles, max(1, int(num_sms * part) // cluster)))
+                blocks = -(-tiles // -(-tiles // blocks))  # as few as need not hold more
+                held = -(-tiles // blocks) * sides
+                stage_bytes = MAX_TOKENS * COLUMNS * 2 + held * unit_bytes
+                stages = max(groups_k + 1, min(_STAGES, _RING_BYTES // stage_bytes, -(-units // cluster)))
+                tiling = Tiling(row_tiles, groups_n, groups_k, stages, cluster, blocks)
+                if shared_bytes(MAX_TOKENS, tiling, held, unit_bytes) <= _MAX_SHARED_BYTES:
+                    yield tiling
+
+
+def tiles_per_block(n: int, tiling: Tiling, is_gated: bool) -> int:
+    """Tiles of 16 rows of the block that has most of them."""
+    tiles = -(-n // 16)
+    return 2 * -(-(tiles // 2) // tiling.row_blocks) if is_gated else -(-tiles // tiling.row_blocks)
+
+
+def shared_bytes(tokens: int, tiling: Tiling, held: int, unit_bytes: int) -> int:
+    """Dynamic shared memory of a block that holds that many tiles: its rings, or what is added up in their place."""
+    rings = tiling.stages * (tokens * COLUMNS * 2 + held * unit_bytes)
+    return max(rings, tiling.groups_k * tokens * (held * 16 + 4) * 4)
+
+
+@functools.cache
+def _table(num_sms: int) -> dict[str, list[int]]:
+    """Measured tilings by "NxK", with ":gated" for gates and ups, for GPUs with that many SMs."""
+    path = Path(__file__).with_name(f"wide_tilings_sm90_{num_sms}.json")
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+@functools.cache
+def _kernel(variant: Variant, held: int, unit_bytes: int) -> Kernel:
+    t = variant.tiling
+    return Kernel(
+        nvrtc.cubin("wide_gemm.cu", variant.macros(), _ARCH),
+        "wide_gemm",
+        threads=t.threads,
+        shared_bytes=shared_bytes(variant.tokens, t, held, unit_bytes),
+        cluster=t.cluster,
+        overlaps=True,
+    )
