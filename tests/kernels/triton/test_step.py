@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,37 @@ def test_requests_are_taken_in_runs_that_do_not_gather_too_much(
     out = step.attend(q, keys, keys, ctx, spec, torch.float16)
     want = attention.paged_attention(q.float(), keys.float(), keys.float(), ctx, spec)
     torch.testing.assert_close(out.float(), want, rtol=2e-3, atol=2e-3)
+
+
+def test_requests_of_one_token_go_to_the_kernel_that_does_all_and_prompts_follow(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(2, 1, 32)
+    ctx, keys = prepare(32, device, kv_heads=1)
+    values = torch.roll(keys, 1, dims=-1)
+    qkv = normal(sum(QUERY_LENS), 4 * 32, seed=9, device=device, dtype=torch.float16)
+    angles = ctx.positions.float()[:, None] * 0.7 ** torch.arange(16, device=device)
+    tables = angles.cos(), angles.sin()
+    launches = []
+
+    def whole(qkv: Tensor, *arguments: Any, may_overlap: bool) -> Tensor:
+        """What the CUDA kernel does, by the twin."""
+        launches.append(may_overlap)
+        count = len(qkv)
+        few = replace(
+            ctx, positions=ctx.positions[:count], context_lens=ctx.context_lens[:count], slot_mapping=ctx.slot_mapping[:count],
+            block_tables=arguments[4], query_lens=[1] * count, context_lens_host=CONTEXT_LENS[:count],
+        )  # fmt: skip
+        return attention.rope_store_attend(qkv, *arguments[:4], few, spec)
+
+    monkeypatch.setattr(step.cuda, "supports", lambda *arguments: True)
+    monkeypatch.setattr(step.cuda, "choose_shape", lambda *arguments: step.cuda.Shape(1, 1, 1))
+    monkeypatch.setattr(step.cuda, "rope_store_attend", whole)
+    expected = attention.rope_store_attend(qkv, *tables, keys.clone(), values.clone(), ctx, spec)
+    for _ in range(2):
+        out = step.rope_store_attend(qkv, *tables, keys, values, ctx, spec)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert launches == [False, True]  # the first of a step waits for all before it
 
 
 def test_runs_hold_every_request_once_and_no_more_than_the_limit() -> None:
