@@ -34,6 +34,7 @@ from lmdeploy.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lmdeploy.chat_template.config import ChatTemplateConfig
+    from lmdeploy.engine.loop_mail import LoopMail
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -66,6 +67,7 @@ class AsyncEngine:
         self._max_log_len = max_log_len
         self._has_vocabulary = False
         self._vocabulary_lock = threading.Lock()
+        self._mail: LoopMail | None = None
         self._end_ids = [*client.info.eos_token_ids, *tokenizer.eos_token_ids]
         template_ids = chat_template.stop_token_ids(tokenizer)
         self.end_token_ids: list[int] = list(dict.fromkeys([*self._end_ids, *template_ids]))
@@ -147,13 +149,15 @@ class AsyncEngine:
         given = input_ids if input_ids is not None else prompt
         if given is None:
             raise InvalidParameter("the request has neither a prompt nor input_ids")
-        loop = asyncio.get_running_loop()
+        from lmdeploy.engine.loop_mail import loop_mail
+
+        self._mail = mail = loop_mail(self._mail)
         inbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
         active: dict[str, AnswerStream] = {}
 
         def deliver(output: RequestOutput) -> None:
             try:
-                loop.call_soon_threadsafe(inbox.put_nowait, output)
+                mail.put(inbox, output)
             except RuntimeError:  # the loop was closed with the request still running
                 self.client.abort(output.request_id)
 

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,6 +18,7 @@ from lmdeploy.engine.request import Request, SamplingParams
 from lmdeploy.engine.runner import PendingStep
 
 _DECODE_TOKENS = 16
+_HOST_STEPS = 64  # so many fill a block of every request
 _ROWS = 25
 
 
@@ -43,15 +45,16 @@ def profile_engine(path: Path, config: EngineConfig, prompt_tokens: int, batch_s
 
 def _host_time(engine: Engine, prompt_tokens: int, batch_size: int) -> str:
     """What the host does in a decode step, outside the profiler: the step's time without waiting for the device."""
-    _submit(engine, "host", prompt_tokens, batch_size, 2 * _DECODE_TOKENS)
+    steps = max(min(_HOST_STEPS, engine.info.session_len - prompt_tokens - _DECODE_TOKENS), 1)
+    _submit(engine, "host", prompt_tokens, batch_size, steps + _DECODE_TOKENS)
     _run(engine, num_started=batch_size)
-    seconds = host_step_s(engine, _DECODE_TOKENS)
+    seconds = host_step_s(engine, steps)
     _run(engine)
     return f"\nhost time of a decode step of {batch_size}: {seconds * 1e6:.0f} us"
 
 
 def host_step_s(engine: Engine, steps: int) -> float:
-    """Mean seconds of a step, those spent waiting for its tokens left out."""
+    """Median seconds of a step, those spent waiting for its tokens left out."""
     waited = 0.0
     wait = PendingStep.wait
 
@@ -64,10 +67,12 @@ def host_step_s(engine: Engine, steps: int) -> float:
 
     PendingStep.wait = timed_wait  # type: ignore[method-assign, assignment]
     try:
-        started = time.perf_counter()
+        times = []
         for _ in range(steps):
+            waited, started = 0.0, time.perf_counter()
             engine.step()
-        return (time.perf_counter() - started - waited) / steps
+            times.append(time.perf_counter() - started - waited)
+        return median(times)
     finally:
         PendingStep.wait = wait  # type: ignore[method-assign]
 

@@ -66,6 +66,7 @@ ENGINE_FLAGS: tuple[EngineFlag, ...] = (
     EngineFlag("rope_scaling_factor", "above 0: dynamic NTK scaling beyond the trained length", metavar="FACTOR"),
     EngineFlag("use_logn_attn", "scale queries beyond the trained length by a logarithm"),
     EngineFlag("eager_mode", "run without CUDA graphs"),
+    EngineFlag("deterministic", "answers that do not depend, to the bit, on what else is computed at the same time"),
     EngineFlag("tp", "GPUs that share one model", metavar="N"),
     EngineFlag("cp", "GPUs that share one context", metavar="N"),
     EngineFlag("async_", "accepted; the engine always overlaps its steps", metavar="0|1", option="--async"),

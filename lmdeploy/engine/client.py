@@ -61,15 +61,15 @@ class Deliveries:
 
     def publish(self, outputs: list[RequestOutput]) -> None:
         """Hand each output to its waiter. A waiter that fails loses its own request and nothing else."""
-        for output in outputs:
-            with self._lock:
-                deliver = self._of_request.get(output.request_id)
-                if output.is_finished:
+        with self._lock:
+            receivers = [self._of_request.get(output.request_id) for output in outputs]
+            for output in outputs:
+                if output.finish_reason is not None:
                     self._of_request.pop(output.request_id, None)
-            if deliver is None:
-                continue
+        for output, deliver in zip(outputs, receivers, strict=True):
             try:
-                deliver(output)
+                if deliver is not None:
+                    deliver(output)
             except BaseException:
                 get_logger().exception("the receiver of request %s failed; it is aborted", output.request_id)
                 self._abort(output.request_id)

@@ -28,6 +28,7 @@ TRANSLATED = {
     "hf_overrides": "hf_overrides",
     "empty_init": "empty_init",
     "eager_mode": "eager_mode",
+    "deterministic": "deterministic",
 }
 # Handled before the engine starts, or without effect on a result: accepted in silence.
 _ELSEWHERE = {"download_dir", "revision", "model_name", "enable_metrics", "thread_safe", "language_model_only"}
@@ -44,10 +45,10 @@ _NOT_YET = {
 class EngineConfig:
     """What one engine runs with. Sizes in tokens or blocks as their names say.
 
-    device: 'auto', 'cpu' or 'cuda'. cache_max_entry_count: a float in (0, 1) is a share of the memory free after
-    weights and activations, an int a number of blocks, None a default for the device. max_prefill_token_num: tokens
-    per step. max_steps_in_flight: None is 2 on a GPU and 1 on a CPU. given: the fields that the user set, which outrank what
-    a workspace says.
+    device: 'auto', 'cpu' or 'cuda'. cache_max_entry_count: a float in (0, 1) is a share of the memory free after the
+    weights, an int a number of blocks, None a default for the device. max_prefill_token_num: tokens per step.
+    deterministic: an answer does not depend, to the bit, on what else is computed at the same time. max_steps_in_flight:
+    None is 2 on a GPU and 1 on a CPU. given: the fields that the user set, which outrank what a workspace says.
     """
 
     dtype: str = "auto"
@@ -65,6 +66,7 @@ class EngineConfig:
     hf_overrides: dict[str, Any] | None = None
     empty_init: bool = False
     eager_mode: bool = False
+    deterministic: bool = False
     max_steps_in_flight: int | None = None
     given: frozenset[str] = field(default=frozenset(), compare=False)
 

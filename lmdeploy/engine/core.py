@@ -19,7 +19,6 @@ from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.memory import MemoryPlan, plan_memory
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.runner import PendingStep, Runner
-from lmdeploy.engine.sampler import INVALID_TOKEN
 from lmdeploy.engine.scheduler import Scheduler
 from lmdeploy.engine.state import RequestState
 from lmdeploy.engine.validation import EngineInfo, check_request
@@ -50,6 +49,10 @@ class Engine:
         started = time.monotonic()
         self.path, self.config = path, config
         self.device = device = _device(config.device)
+        if config.deterministic:
+            from lmdeploy.kernels import invariant
+
+            invariant.enable()
         self.asleep: set[str] = set()
         self.resting_model: CausalLM | None = None
         model = self.load_model()
@@ -60,12 +63,18 @@ class Engine:
         max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP["cuda" if self._has_gpu_kernels else "cpu"]
         max_tokens = max(max_tokens, max_batch_size)
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
-        self._max_batch_size = max_batch_size
+        self._max_batch_size = max_batch_size = self.plan.max_batch_size
+        self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
         self.start_runner(model)
-        self.scheduler = Scheduler(
+        scheduler_class = Scheduler
+        if config.deterministic:
+            from lmdeploy.engine.apart import ApartScheduler as scheduler_class
+        elif self._max_steps_in_flight > 1:
+            from lmdeploy.engine.repeat import RepeatingScheduler as scheduler_class
+        self.scheduler = scheduler_class(
             BlockManager(self.plan.num_blocks, config.block_size),
             max_batch_size=max_batch_size,
-            max_tokens_per_step=max_tokens,
+            max_tokens_per_step=self.plan.max_tokens_per_step,
             session_len=self.plan.session_len,
             enable_prefix_caching=config.enable_prefix_caching,
         )
@@ -83,7 +92,6 @@ class Engine:
             eos_token_ids=list(model.config.eos_token_ids),
             memory_plan=self.plan.rows(),
         )
-        self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
         self._in_flight: deque[PendingStep] = deque()
         self._states: dict[str, RequestState] = {}
         self.times: StepTimes | None = None
@@ -110,7 +118,7 @@ class Engine:
 
             keep_copies(model)
         cache = _make_cache(model, plan, self.config.quant_policy, device)
-        self.runner = Runner(model, cache, self._max_batch_size, plan.session_len)
+        self.runner = Runner(model, cache, self._max_batch_size, plan.session_len, self._max_steps_in_flight)
         if self._has_gpu_kernels and not self.config.eager_mode:
             from lmdeploy.engine.warm_up import start_graphs
 
@@ -187,7 +195,7 @@ class Engine:
             return None
         self.scheduler.finish(state)
         self._forget(state)
-        return state.output(finish_reason="abort")
+        return state.output([], "abort")
 
     def step(self) -> list[RequestOutput]:
         """Advance by one step; returns the news of the oldest step once enough are in flight."""
@@ -241,39 +249,34 @@ class Engine:
         return outputs
 
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:
-        tokens = pending.wait()
-        outputs = []
-        for state, new_tokens, reason in self.scheduler.update(pending.plan.scheduled, tokens):
-            if error := _failure(state, new_tokens):
-                if reason is None:
-                    self.scheduler.finish(state)
-                outputs.append(state.output(finish_reason="error", error=error))
-                self._forget(state)
-                continue
-            output = state.output(token_ids=new_tokens, finish_reason=reason)
-            if state.request_id in pending.reports:
-                pending.reports[state.request_id].add_to(output, state)
-            if reason is not None:
-                self._forget(state)
-            if new_tokens or reason is not None or output.logits is not None or output.hidden_states is not None:
-                outputs.append(output)
+        plan = pending.plan
+        outputs = self.scheduler.update(plan, pending.wait())
+        for output in outputs if pending.reports else ():
+            if output.finish_reason != "error":
+                pending.reports[output.request_id].add_to(output, self._states[output.request_id])
+        for output in [output for output in outputs if output.finish_reason is not None]:
+            state = self._states[output.request_id]
+            if output.finish_reason == "error":
+                output.token_ids, output.error = [], _failure(state)
+            self._forget(state)
         if self.times is not None:
-            self.times.end_step(pending.plan)
-        return outputs
+            self.times.end_step(plan)
+        # An output without any of these says only that a part of a prompt has been computed.
+        return [
+            o for o in outputs if o.token_ids or o.finish_reason or o.logits is not None or o.hidden_states is not None
+        ]
 
     def _forget(self, state: RequestState) -> None:
         self._states.pop(state.request_id, None)
         self.runner.forget(state.request_id)
 
 
-def _failure(state: RequestState, new_tokens: list[int]) -> RequestError | None:
-    """Why the request cannot go on, if it cannot."""
+def _failure(state: RequestState) -> RequestError:
+    """Why a request that ended with an error cannot go on."""
     if state.matcher is not None and state.matcher.error:
         return InvalidGrammar(f"the grammar failed during generation: {state.matcher.error[:300]}")
-    if INVALID_TOKEN in new_tokens:
-        cause = "" if state.matcher is None else ", or its bans and biases forbid every token that its grammar allows"
-        return RequestError(f"the model computed no finite logit for this request{cause}")
-    return None
+    cause = "" if state.matcher is None else ", or its bans and biases forbid every token that its grammar allows"
+    return RequestError(f"the model computed no finite logit for this request{cause}")
 
 
 def _make_cache(model: CausalLM, plan: MemoryPlan, policy: QuantPolicy, device: torch.device) -> KVCache:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from lmdeploy.engine.state import RequestState
+from lmdeploy.engine.state import INVALID_TOKEN, RequestState
 from lmdeploy.messages import FinishReason
 
 
-def finish_reason(state: RequestState, session_len: int) -> FinishReason | None:
+def finish_reason(state: RequestState) -> FinishReason | None:
     """Why the request ends with its newest token, or None if it goes on."""
-    sampling = state.request.sampling
-    num_output = len(state.token_ids) - len(state.prompt_ids)
-    if state.token_ids[-1] in state.stop_ids and num_output > sampling.min_new_tokens:
+    sampling, matcher, token = state.request.sampling, state.matcher, state.token_ids[-1]
+    if token == INVALID_TOKEN or (matcher is not None and matcher.error):
+        return "error"
+    if token in state.end_ids and len(state.token_ids) - len(state.prompt_ids) > sampling.min_new_tokens:
         return "stop"
-    if state.matcher is not None and state.matcher.take(state.token_ids[-1]):
-        return "stop"
-    if num_output >= sampling.max_new_tokens or len(state.token_ids) >= session_len:
+    if matcher is not None and matcher.take(token):
+        return "error" if matcher.error else "stop"
+    if len(state.token_ids) >= state.max_tokens:
         return "length"
     if sampling.repetition_ngram_size and _repeats(
         state.output_ids, sampling.repetition_ngram_size, sampling.repetition_ngram_threshold

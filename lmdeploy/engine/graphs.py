@@ -6,6 +6,7 @@ graph of the same size leaves the logits. https://developer.nvidia.com/blog/cuda
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +56,14 @@ class DecodeGraphs:
         self.logits = torch.empty(max_batch_size, model.config.vocab_size, dtype=torch.float32, device=device)
         self._pool: Any = None
         self.graphs: dict[tuple[int, bool], Graph] = {}
+        self._takes_no_more = False
         sizes = [1, 2, 4, *range(_STEP, max_batch_size + 1, _STEP)]
         self.sizes = sorted({size for size in sizes if size <= max_batch_size} | {max_batch_size})
 
     def missing(self) -> list[tuple[int, bool]]:
         """Graphs that are not captured yet, the small ones first: they lose most where a larger one takes their place."""
+        if self._takes_no_more or len(self.graphs) == 2 * len(self.sizes):
+            return []
         wanted = [(size, keeps_logits) for size in self.sizes for keeps_logits in (False, True)]
         return [key for key in wanted if key not in self.graphs]
 
@@ -70,14 +74,16 @@ class DecodeGraphs:
             try:
                 self.capture(*missing[0])
             except RuntimeError as error:
-                self.sizes = []
+                self._takes_no_more = True
                 get_logger().warning("no more decode steps are captured; larger ones take their place: %s", error)
         return bool(missing)
 
     def find(self, batch_size: int, keeps_logits: bool) -> tuple[int, Graph] | None:
         """The smallest captured graph that holds the batch, and its size."""
-        sizes = [size for size, keeps in self.graphs if keeps == keeps_logits and size >= batch_size]
-        return (min(sizes), self.graphs[min(sizes), keeps_logits]) if sizes else None
+        for size in self.sizes[bisect_left(self.sizes, batch_size) :]:
+            if (graph := self.graphs.get((size, keeps_logits))) is not None:
+                return size, graph
+        return None
 
     def stage(self, size: int) -> np.ndarray:
         """Where the host writes the rows [size, ROW_INTS] of the next step."""
@@ -86,7 +92,7 @@ class DecodeGraphs:
 
     def replay(self, size: int, graph: Graph) -> Tensor:
         """Enqueue the step whose rows were staged last; its tokens [size], valid until the next replay."""
-        self._rows[:size].copy_(self._staging[self._turn][:size], non_blocking=True)
+        self._rows.copy_(self._staging[self._turn], non_blocking=True)  # all of them: a view takes longer than the rest
         graph.replay()
         return graph.tokens
 

@@ -163,7 +163,7 @@ class EngineLoop:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if outputs:
-            self._live.difference_update(output.request_id for output in outputs if output.is_finished)
+            self._live.difference_update([output.request_id for output in outputs if output.finish_reason is not None])
             self._publish(outputs)
 
     def _end(self, error: EngineDead) -> None:

@@ -19,20 +19,29 @@ _DEFAULT_SHARE = 0.8
 _DEFAULT_CPU_CACHE_BYTES = 4 << 30
 _MIN_BLOCKS = 2
 _COPY_SHARE = 0.25
+_STEP_SHARE = 0.125
+_RUNTIME_BYTES = 60 * MIB  # of a GPU, for kernels, their graphs and cuBLAS, measured beside what the first tensor takes
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The plan of one engine; sizes in bytes unless named otherwise. copy_bytes: of the 16-bit copies that are kept of
-    quantized weights, 0 if they are made anew for each step of many tokens."""
+    """The plan of one engine; sizes in bytes unless named otherwise.
+
+    used_bytes: what is taken already, weights and the driver included. max_batch_size, max_tokens_per_step: as asked for,
+    or fewer where the cache is small. copy_bytes: of the 16-bit copies that are kept of quantized weights, 0 if they
+    are made anew for each step of many tokens.
+    """
 
     total_bytes: int
+    used_bytes: int
     weight_bytes: int
     activation_bytes: int
     block_bytes: int
     num_blocks: int
     block_size: int
     session_len: int
+    max_batch_size: int
+    max_tokens_per_step: int
     copy_bytes: int = 0
 
     @property
@@ -42,6 +51,11 @@ class MemoryPlan:
     @property
     def cache_tokens(self) -> int:
         return self.block_size * self.num_blocks
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the device in the largest step."""
+        return self.used_bytes + self.copy_bytes + self.activation_bytes + self.cache_bytes
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as a table of names and values."""
@@ -53,7 +67,7 @@ class MemoryPlan:
             ("KV blocks", f"{self.cache_bytes / MIB:,.0f} MiB = {self.num_blocks} x {self.block_bytes / MIB:.2f} MiB"),
             ("tokens that fit", f"{self.cache_tokens:,}"),
             (f"requests at session_len {self.session_len:,}", f"{self.cache_tokens / self.session_len:.1f}"),
-            ("memory seen", f"{self.total_bytes / MIB:,.0f} MiB"),
+            ("memory seen, taken at most", f"{self.total_bytes / MIB:,.0f} MiB, {self.peak_bytes / MIB:,.0f} MiB"),
         ]
 
 
@@ -77,28 +91,40 @@ def plan_memory(
     blocks is a ConfigError with the numbers.
     """
     total, free = device_memory(device)
-    activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size) + buffer_bytes
     block_bytes = config.block_size * kv_bytes_per_token(model, dtype, config.quant_policy)
-    available = max(free - activations, 0)
+    share = config.cache_max_entry_count
     copies, largest_copy = copy_bytes
-    if copies > _COPY_SHARE * available * _pool_share(config.cache_max_entry_count):
-        copies, activations = 0, activations + largest_copy
-    available = max(available - (copies or largest_copy), 0)
-    num_blocks = _num_blocks(config.cache_max_entry_count, available, block_bytes, device)
-    if config.cache_max_entry_count is None:
+    if copies > _COPY_SHARE * free * (share if share is not None and share < 1 else _DEFAULT_SHARE):
+        copies, buffer_bytes = 0, buffer_bytes + largest_copy
+    num_blocks = _num_blocks(share, free - copies, block_bytes, device)
+    if share is None:
         num_blocks = min(num_blocks, max(max_batch_size * -(-session_len // config.block_size), _MIN_BLOCKS))
+    max_batch_size = min(max_batch_size, max(num_blocks, 1))
+    if config.max_prefill_token_num is None:
+        # A small pool: prompts in more steps rather than steps that take more than the pool.
+        blocks = int(_STEP_SHARE * num_blocks * block_bytes) // (activation_bytes(model, dtype, 1, 0) * config.block_size)
+        max_tokens_per_step = min(max_tokens_per_step, (blocks + 1) * config.block_size)
+    max_tokens_per_step = max(max_tokens_per_step, max_batch_size)
+    activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size) + buffer_bytes
+    activations += _RUNTIME_BYTES if device.type == "cuda" else 0
+    fitting = max(free - copies - activations, 0) // block_bytes
+    if fitting < num_blocks:
+        get_logger().warning("the KV cache is cut from %d to %d blocks: more memory is not free", num_blocks, fitting)
+        num_blocks = fitting
     if num_blocks < _MIN_BLOCKS:
         raise ConfigError(
             f"no room for the KV cache: {free / MIB:,.0f} MiB are free after {weight_bytes / MIB:,.0f} MiB of weights, "
             f"activations take up to {activations / MIB:,.0f} MiB, a block takes {block_bytes / MIB:.2f} MiB and at "
-            f"least {_MIN_BLOCKS} are needed; raise cache_max_entry_count (now {config.cache_max_entry_count}) or "
+            f"least {_MIN_BLOCKS} are needed; raise cache_max_entry_count (now {share}) or "
             "lower max_prefill_token_num or max_batch_size"
         )
-    fitting = num_blocks * config.block_size
-    if fitting < session_len:
-        get_logger().warning("session_len is cut from %d to %d: the KV cache holds no more", session_len, fitting)
-        session_len = fitting
-    return MemoryPlan(total, weight_bytes, activations, block_bytes, num_blocks, config.block_size, session_len, copies)
+    tokens = num_blocks * config.block_size
+    if tokens < session_len:
+        get_logger().warning("session_len is cut from %d to %d: the KV cache holds no more", session_len, tokens)
+        session_len = tokens
+    sizes = (session_len, max_batch_size, max_tokens_per_step)
+    blocks_taken = (block_bytes, num_blocks, config.block_size)
+    return MemoryPlan(total, total - free, weight_bytes, activations, *blocks_taken, *sizes, copies)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
@@ -126,26 +152,19 @@ def kv_bytes_per_token(model: ModelConfig, dtype: torch.dtype, policy: QuantPoli
 def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, requests: int) -> int:
     """Upper estimate of what one step holds at its peak beside weights and cache.
 
-    Per token the residual stream, its norm and the widest pair of layer outputs; per sampled row four float32 copies of
-    the logits.
+    Per token the residual stream, its norm and what a layer makes of it: gate, up and their product, or q, k, v, q turned,
+    keys and values in a row and the attention's output. Per sampled row four float32 copies of the logits.
     """
     qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = max(model.hidden_size, 2 * model.intermediate_size, 2 * qkv_size)
-    return tokens * (2 * model.hidden_size + 2 * widest) * dtype.itemsize + requests * model.vocab_size * 16
+    widest = max(model.hidden_size, 3 * model.intermediate_size, 3 * qkv_size)
+    return tokens * (3 * model.hidden_size + widest) * dtype.itemsize + requests * model.vocab_size * 16
 
 
-def _pool_share(count: float | None) -> float:
-    """The share of the available memory that blocks may take."""
-    return count if count is not None and count < 1 else _DEFAULT_SHARE
-
-
-def _num_blocks(share: float | None, available: int, block_bytes: int, device: torch.device) -> int:
+def _num_blocks(share: float | None, free: int, block_bytes: int, device: torch.device) -> int:
+    """Blocks that were asked for, as a number or as a share of what is free."""
     if share is not None and share >= 1:
-        wanted, fitting = int(share), available // block_bytes
-        if wanted > fitting:
-            get_logger().warning("the KV cache is cut from %d to %d blocks: more memory is not free", wanted, fitting)
-        return min(wanted, fitting)
-    cache_bytes = int(available * (share or _DEFAULT_SHARE))
+        return int(share)
+    cache_bytes = int(max(free, 0) * (share or _DEFAULT_SHARE))
     if share is None and device.type == "cpu":
         cache_bytes = min(cache_bytes, _DEFAULT_CPU_CACHE_BYTES)
     return cache_bytes // block_bytes

@@ -95,7 +95,8 @@ class TokenBiases:
         """Add logit_bias; remove bad tokens, and the stop tokens before min_new_tokens. logits: [R, V], in place."""
         for row, state in enumerate(states):
             params = state.request.sampling
-            must_go_on = state.num_output_tokens - 1 < params.min_new_tokens  # the token to be sampled is counted
+            num_output_tokens = state.num_tokens - 1 - len(state.prompt_ids)  # without the one that is sampled now
+            must_go_on = num_output_tokens < params.min_new_tokens
             if params.logit_bias or params.bad_token_ids or must_go_on:
                 tokens, biases, stops = self._of(state)
                 logits[row].index_add_(0, tokens, biases)

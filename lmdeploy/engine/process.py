@@ -37,9 +37,7 @@ from lmdeploy.engine.wire import (
     Submit,
     ToEngine,
     from_failure,
-    from_wire,
     to_failure,
-    to_wire,
 )  # fmt: skip
 from lmdeploy.errors import EngineDead, RequestError
 
@@ -132,7 +130,7 @@ class ProcessClient:
         try:
             while (message := self._connection.receive()) is not None:
                 if isinstance(message, Outputs):
-                    self._deliveries.publish([from_wire(output) for output in message.outputs])
+                    self._deliveries.publish(message.outputs)
                 elif isinstance(message, Stats):
                     self._stats, self._stats_time = message.values, time.monotonic()
                 elif isinstance(message, Done):
@@ -165,7 +163,7 @@ def serve(sock: socket.socket) -> None:
 
     def publish(outputs: list[RequestOutput]) -> None:
         try:
-            _try_send(connection, Outputs([to_wire(output) for output in outputs]))
+            _try_send(connection, Outputs(outputs))
         except RequestError as error:  # too large for a frame: each alone, and what is still too large fails alone
             if len(outputs) > 1:
                 for output in outputs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmdeploy.engine.batch import build_batch
 from lmdeploy.engine.graphs import DecodeGraphs
 from lmdeploy.engine.reports import Report
 from lmdeploy.engine.runner import PendingStep, Runner
@@ -16,26 +15,19 @@ _HOST_COPIES = 8  # more than steps can be in flight
 
 def replay_step(runner: Runner, graphs: DecodeGraphs, plan: StepPlan) -> PendingStep | None:
     """Enqueue a step of one token each from its graph; None for another step, or where there is no graph for it."""
-    entries, states = plan.scheduled, [entry.state for entry in plan.scheduled]
-    if not all(entry.num_tokens == 1 and entry.samples for entry in entries):
+    batch_size, is_greedy = len(plan.states), plan.states.is_greedy
+    if not plan.is_decode or plan.states.wants_hidden_states:
         return None
-    if any(state.request.sampling.wants_hidden_states for state in states):
-        return None
-    is_greedy = all(state.request.sampling.is_plain_greedy for state in states)
-    found = graphs.find(len(entries), keeps_logits=not is_greedy)
+    found = graphs.find(batch_size, keeps_logits=not is_greedy)
     if found is None:
         return None
     size, graph = found
-    rows = graphs.stage(size)
-    if not runner.slots.write_rows(entries, rows):
-        batch = build_batch(plan, runner.kv_cache, runner.slots)
-        runner.slots.show_tables(entries, batch.ctx.block_tables)
-        runner.slots.write_rows(entries, rows)
-    tokens = graphs.replay(size, graph)[: len(entries)]
+    runner.slots.write_rows(plan, graphs.stage(size))
+    tokens = graphs.replay(size, graph)
     reports: dict[str, Report] = {}
     if not is_greedy:
-        logits = graphs.logits[: len(entries)]
-        tokens, reports = runner.sample(entries, states, logits, logits.new_empty(len(entries), 0))
+        logits = graphs.logits[:batch_size]
+        tokens, reports = runner.sample(plan, plan.states, logits, logits.new_empty(batch_size, 0))
     return PendingStep(plan, *runner.to_host(tokens), reports)
 
 
@@ -43,14 +35,16 @@ class HostTokens:
     """Pinned copies of the last steps' tokens, which never wait for the device; later steps may queue up behind them."""
 
     def __init__(self, max_batch_size: int) -> None:
-        self._copies = torch.empty(_HOST_COPIES, max_batch_size, dtype=torch.int64, device="cpu", pin_memory=True)
+        self._copies = [
+            torch.empty(max_batch_size, dtype=torch.int64, device="cpu", pin_memory=True) for _ in range(_HOST_COPIES)
+        ]
+        self._events = [torch.cuda.Event() for _ in range(_HOST_COPIES)]
         self._turn = 0
 
     def copy(self, tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """A copy, and the event after which it holds."""
         self._turn = (self._turn + 1) % _HOST_COPIES
-        host = self._copies[self._turn, : len(tokens)]
+        host, event = self._copies[self._turn][: len(tokens)], self._events[self._turn]
         host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()
         event.record()
         return host, event

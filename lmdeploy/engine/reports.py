@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.engine.request import RequestOutput
-from lmdeploy.engine.scheduler import Scheduled
+from lmdeploy.engine.scheduler import StepPlan
 from lmdeploy.engine.state import RequestState
 from lmdeploy.models.base import CausalLM
 
@@ -18,7 +18,7 @@ _LOGIT_ROWS = 256  # rows of [V] logits made at a time where every position is a
 
 @dataclass
 class Report:
-    """What one scheduled entry reports; tensors still on the device. logprobs: (ids [n], values [n]),
+    """What one request of a step reports; tensors still on the device. logprobs: (ids [n], values [n]),
     prompt_logprobs the same with a row per position. ends_prompt: those of the prompt are complete with this report."""
 
     logprobs: tuple[Tensor, Tensor] | None = None
@@ -42,19 +42,20 @@ class Report:
 
 
 def make_reports(
-    model: CausalLM, entries: list[Scheduled], hidden_states: Tensor, raw_logits: Tensor | None, tokens: Tensor
+    model: CausalLM, plan: StepPlan, hidden_states: Tensor, raw_logits: Tensor | None, tokens: Tensor
 ) -> dict[str, Report]:
-    """The reports of a step's entries, by request id.
+    """The reports of a step's requests, by request id.
 
-    hidden_states: [T, C]. raw_logits: [R, V] of the R entries that sample, before any change; None if R is 0. tokens: [R].
+    hidden_states: [T, C]. raw_logits: [R, V] of the R requests that sample, before any change; None if R is 0. tokens: [R].
     """
     reports = {}
-    start, sample_row = 0, 0
-    for entry in entries:
-        rows = hidden_states[start : start + entry.num_tokens]
-        report = _report_positions(model, entry, rows)
-        if entry.samples and raw_logits is not None:
-            sampling, logits = entry.state.request.sampling, raw_logits[sample_row]
+    first_row, sample_row = 0, 0
+    numbers = zip(plan.starts.tolist(), plan.num_tokens.tolist(), strict=True)
+    for state, samples, (start, num_tokens) in zip(plan.states, plan.samples, numbers, strict=True):
+        rows = hidden_states[first_row : first_row + num_tokens]
+        report = _report_positions(model, state, start, rows)
+        if samples and raw_logits is not None:
+            sampling, logits = state.request.sampling, raw_logits[sample_row]
             if sampling.logprobs is not None:
                 report.logprobs = top_logprobs(logits, tokens[sample_row], sampling.logprobs)
             if sampling.return_logits == "generation":
@@ -62,8 +63,8 @@ def make_reports(
             if sampling.return_hidden_states == "generation":
                 report.hidden_states = rows[-1:]
             sample_row += 1
-        start += entry.num_tokens
-        reports[entry.state.request_id] = report
+        first_row += num_tokens
+        reports[state.request_id] = report
     return reports
 
 
@@ -74,15 +75,16 @@ def top_logprobs(logits: Tensor, token: Tensor, count: int) -> tuple[Tensor, Ten
     return ids, logprobs[ids]
 
 
-def _report_positions(model: CausalLM, entry: Scheduled, rows: Tensor) -> Report:
+def _report_positions(model: CausalLM, state: RequestState, start: int, rows: Tensor) -> Report:
     """What is asked for every position, each position once even if it is computed again after a preemption."""
-    state, report = entry.state, Report()
+    report = Report()
     if not state.wants_every_position:
         return report
     sampling = state.request.sampling
-    rows = rows[max(state.num_reported_tokens - entry.start, 0) :]
-    first = entry.start + entry.num_tokens - len(rows)
-    state.num_reported_tokens = max(state.num_reported_tokens, entry.start + entry.num_tokens)
+    end = start + len(rows)
+    rows = rows[max(state.num_reported_tokens - start, 0) :]
+    first = end - len(rows)
+    state.num_reported_tokens = max(state.num_reported_tokens, end)
     if sampling.return_hidden_states == "all":
         report.hidden_states = rows
     if sampling.return_logits == "all":

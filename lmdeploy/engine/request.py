@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import msgspec
+import torch
 
 from lmdeploy.messages import FinishReason
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass
@@ -79,9 +79,8 @@ class Request:
     cache_salt: str = ""
 
 
-@dataclass(slots=True)
-class RequestOutput:
-    """News of one request since the last output.
+class RequestOutput(msgspec.Struct, array_like=True):
+    """News of one request since the last output. Made for every token, so of the quickest kind of class there is.
 
     token_ids: new tokens, the stop token included when it ended the answer. logprobs: one dict (token id -> natural
     log-probability) per new token, the chosen token first. prompt_logprobs: the same for each prompt token but the first,
@@ -89,7 +88,7 @@ class RequestOutput:
     """
 
     request_id: str
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0

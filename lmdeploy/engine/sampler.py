@@ -17,8 +17,6 @@ from lmdeploy.engine.state import RequestState
 if TYPE_CHECKING:
     from lmdeploy.engine.penalties import LogitChanges
 
-INVALID_TOKEN = -1
-
 
 class Sampler:
     """Chooses tokens; keeps what penalties and biases need of the requests that use them."""

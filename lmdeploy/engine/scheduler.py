@@ -6,10 +6,13 @@ one token budget. Chunked prefill, prefix hits and decode are that one subtracti
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from lmdeploy.engine.block_manager import BlockManager
 from lmdeploy.engine.finish import finish_reason
@@ -17,26 +20,49 @@ from lmdeploy.engine.request import RequestOutput
 from lmdeploy.engine.state import RequestState
 from lmdeploy.messages import FinishReason
 
-
-@dataclass(slots=True)
-class Scheduled:
-    """`num_tokens` tokens of one request, from position `start`; the last of them samples if `samples`."""
-
-    state: RequestState
-    start: int
-    num_tokens: int
-    samples: bool
+Part = tuple[RequestState, int, int, bool]  # of a step: whose, from where, how many tokens, whether it samples
 
 
-@dataclass
+class Cohort(list[RequestState]):
+    """Requests that go through a step together, maybe through many. Never changed: what is true of all is asked once."""
+
+    @cached_property
+    def is_greedy(self) -> bool:
+        """Whether every token is the largest of the model's own logits."""
+        return all(state.request.sampling.is_plain_greedy for state in self)
+
+    @cached_property
+    def wants_report(self) -> bool:
+        return any(state.request.sampling.wants_report for state in self)
+
+    @cached_property
+    def wants_hidden_states(self) -> bool:
+        return any(state.request.sampling.wants_hidden_states for state in self)
+
+
+@dataclass(eq=False)
 class StepPlan:
-    """One step of the device."""
+    """One step of the device: of each request some tokens, from a position on; the last of them may sample.
 
-    scheduled: list[Scheduled]
+    number: counts the steps. starts, num_tokens: [B] int64, samples: [B]; in the order of the states. is_decode: everyone has
+    one token, which samples. grown: of a step that is the one before it, one token further, the rows whose requests have got
+    a block since; None for any other.
+    """
 
+    number: int
+    states: Cohort
+    starts: np.ndarray
+    num_tokens: np.ndarray
+    samples: Sequence[bool]
+    is_decode: bool
+    grown: list[int] | None = None
 
-Wanted = tuple[RequestState, int]
-News = tuple[RequestState, list[int], FinishReason | None]
+    @classmethod
+    def of(cls, number: int, parts: Sequence[Part]) -> StepPlan:
+        """A plan of one part per request."""
+        states, starts, num_tokens, samples = zip(*parts, strict=True)
+        is_decode = max(num_tokens) == 1 and all(samples)
+        return cls(number, Cohort(states), np.array(starts), np.array(num_tokens), samples, is_decode)
 
 
 class Scheduler:
@@ -59,7 +85,10 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
         self.num_preemptions = 0
-        self._retiring: list[RequestState] = []
+        self._retiring: deque[RequestState] = deque()
+        self._last_plan: StepPlan | None = None
+        self._num_scheduled_steps = 0
+        self._num_ended_steps = 0
 
     def add(self, state: RequestState) -> None:
         state.max_tokens = min(len(state.prompt_ids) + state.request.sampling.max_new_tokens, self.session_len)
@@ -71,52 +100,38 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now."""
-        scheduled: list[Scheduled] = []
-        budget = self.max_tokens_per_step
-        # Decodes first: a long prompt must not hold them up. Only a decode can need new blocks (a prompt got all of its
-        # own at admission), so a preempted request is never one that this step has already scheduled. Without blocks a
-        # request has been preempted since the loop began.
-        decodes, prompts = self._split_running()
-        for state, wanted in itertools.chain(decodes, prompts):
-            num_tokens = min(wanted, budget)
-            if num_tokens > 0 and state.block_table and self._grow(state, num_tokens):
-                scheduled.append(self._commit(state, num_tokens))
-                budget -= num_tokens
-        while budget and self.waiting and len(self.running) < self.max_batch_size:
-            state = self.waiting[0]
-            if state.steps_in_flight or not self._admit(state):
-                break
-            self.running.append(self.waiting.popleft())
-            num_tokens = min(self._num_schedulable(state), budget)
-            scheduled.append(self._commit(state, num_tokens))
-            budget -= num_tokens
-        return StepPlan(scheduled) if scheduled else None
+        self._last_plan = self._plan()
+        self._num_scheduled_steps += self._last_plan is not None
+        return self._last_plan
 
-    def update(self, entries: list[Scheduled], tokens: list[int | None]) -> list[News]:
-        """Take a finished step's tokens, one per scheduled entry (None where it does not sample).
+    def update(self, plan: StepPlan, tokens: Sequence[int | None]) -> list[RequestOutput]:
+        """Take a finished step's tokens, one per request of the plan (None where it does not sample).
 
-        Returns, for each request that lives, its new tokens and why it ended, if it did. Tokens of requests that ended
-        while the step ran are dropped.
+        Returns an output for each request that lives, with its new token and why it ended, if it did. Tokens of requests
+        that ended while the step ran are dropped.
         """
-        news = []
-        for entry, token in zip(entries, tokens, strict=True):
-            state = entry.state
-            state.steps_in_flight -= 1
+        self._num_ended_steps += 1
+        outputs = []
+        for state, token, end in zip(plan.states, tokens, (plan.starts + plan.num_tokens).tolist(), strict=True):
             if state.is_finished:
                 continue
+            reason: FinishReason | None = None
             if token is not None:
-                state.num_placeholders -= 1
                 state.token_ids.append(token)
-            end = entry.start + entry.num_tokens
-            if self.enable_prefix_caching:
+                if token in state.end_ids or state.has_other_ends or len(state.token_ids) >= state.max_tokens:
+                    reason = finish_reason(state)
+            elif end == state.max_tokens:  # nothing but the prompt is asked for
+                reason = "length"
+            if self.enable_prefix_caching and end >= (state.num_named_blocks + 1) * self.blocks.block_size:
                 self._name_full_blocks(state, end)
-            is_scored = state.request.sampling.max_new_tokens == 0 and end == len(state.prompt_ids)
-            reason = "length" if is_scored else finish_reason(state, self.session_len) if token is not None else None
             if reason is not None:
                 self.finish(state)
-            news.append((state, [] if token is None else [token], reason))
+            new = [] if token is None else [token]
+            outputs.append(
+                RequestOutput(state.request_id, new, reason, len(state.prompt_ids), state.num_cached_tokens or 0)
+            )
         self._release_retired()
-        return news
+        return outputs
 
     def finish(self, state: RequestState) -> None:
         """Take a request out; its blocks return when the last step that touches them has ended."""
@@ -125,6 +140,7 @@ class Scheduler:
             self.running.remove(state)
         elif state in self.waiting:
             self.waiting.remove(state)
+        state.last_step = self._num_scheduled_steps
         self._retiring.append(state)
         self._release_retired()
 
@@ -133,34 +149,38 @@ class Scheduler:
         states = [*self.running, *self.waiting]
         for state in states:
             self.finish(state)
-        return [state.output(finish_reason="abort") for state in states]
+        return [state.output([], "abort") for state in states]
 
-    def _split_running(self) -> tuple[list[Wanted], list[Wanted]]:
-        """Running requests with the tokens that each could compute now: those with one, and those with more."""
-        decodes: list[Wanted] = []
-        prompts: list[Wanted] = []
-        for state in self.running:
-            wanted = self._num_schedulable(state)
-            if wanted == 1:
-                decodes.append((state, 1))
-            elif wanted:
-                prompts.append((state, wanted))
-        return decodes, prompts
+    def _plan(self) -> StepPlan | None:
+        parts: list[Part] = []
+        budget = self.max_tokens_per_step
+        # Decodes first: a long prompt must not hold them up. Only a decode can need new blocks (a prompt got all of its
+        # own at admission), so a preempted request is never one that this step has already scheduled. Without blocks a
+        # request has been preempted since the loop began.
+        wanted = [(state, self._num_schedulable(state)) for state in self.running]
+        for state, num_tokens in sorted(wanted, key=lambda pair: pair[1] > 1):
+            num_tokens = min(num_tokens, budget)
+            if num_tokens and state.block_table and self._grow(state, num_tokens):
+                parts.append(self._commit(state, num_tokens))
+                budget -= num_tokens
+        while budget and (admitted := self._admit_next()) is not None:
+            num_tokens = min(self._num_schedulable(admitted), budget)
+            parts.append(self._commit(admitted, num_tokens))
+            budget -= num_tokens
+        return StepPlan.of(self._num_scheduled_steps + 1, parts) if parts else None
 
     def _num_schedulable(self, state: RequestState) -> int:
-        """The one subtraction, and nothing past the last token that may be sampled."""
-        num_tokens = len(state.token_ids) + state.num_placeholders
-        if state.num_placeholders and (state.waits_for_own_token or num_tokens >= state.max_tokens):
-            return 0
-        return num_tokens - state.num_computed_tokens
+        """The one subtraction; behind tokens in flight one more, if it may be sampled."""
+        known, computed = len(state.token_ids), state.num_computed_tokens
+        if computed < known:
+            return known - computed
+        return 0 if state.waits_for_own_token or computed + 1 >= state.max_tokens else 1
 
-    def _commit(self, state: RequestState, num_tokens: int) -> Scheduled:
+    def _commit(self, state: RequestState, num_tokens: int) -> Part:
         start = state.num_computed_tokens
         state.num_computed_tokens += num_tokens
-        state.steps_in_flight += 1
-        samples = state.num_computed_tokens == state.num_tokens and state.request.sampling.max_new_tokens > 0
-        state.num_placeholders += samples
-        return Scheduled(state, start, num_tokens, samples)
+        is_complete = state.num_computed_tokens >= len(state.token_ids)
+        return state, start, num_tokens, is_complete and state.request.sampling.max_new_tokens > 0
 
     def _grow(self, state: RequestState, num_tokens: int) -> bool:
         """Blocks for a running request's next tokens, preempting younger requests; False if it gave way itself."""
@@ -176,6 +196,16 @@ class Scheduler:
             self._preempt(victim)
             if victim is state:
                 return False
+
+    def _admit_next(self) -> RequestState | None:
+        """The oldest waiting request, running from now on; None if there is none or no room for it."""
+        if not self.waiting or len(self.running) >= self.max_batch_size:
+            return None
+        state = self.waiting[0]
+        if state.last_step > self._num_ended_steps or not self._admit(state):
+            return None
+        self.running.append(self.waiting.popleft())
+        return state
 
     def _admit(self, state: RequestState) -> bool:
         """Blocks for all known tokens of a waiting request, cached prefix first, leaving one per running request."""
@@ -219,10 +249,12 @@ class Scheduler:
         state.block_table = []
         state.num_computed_tokens = 0
         state.num_named_blocks = 0
+        state.last_step = self._num_scheduled_steps
         self.waiting.appendleft(state)
 
     def _release_retired(self) -> None:
-        for state in [state for state in self._retiring if not state.steps_in_flight]:
-            self._retiring.remove(state)
+        """Take the blocks of requests that no step in flight touches any more."""
+        while self._retiring and self._retiring[0].last_step <= self._num_ended_steps:
+            state = self._retiring.popleft()
             self.blocks.release(state.block_table)
             state.block_table = []

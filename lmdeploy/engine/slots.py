@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmdeploy.engine.scheduler import Scheduled
+from lmdeploy.engine.batch import block_table_rows, send
+from lmdeploy.engine.scheduler import Cohort, StepPlan
 from lmdeploy.engine.state import RequestState
 
 ROW_INTS = 5  # of prepare_decode
@@ -28,6 +29,10 @@ class Slots:
         self._lines: dict[str, int] = {}
         # The table that each line shows and how many of its blocks are there already.
         self._shown: list[tuple[list[int], int]] = [([], 0)] * (max_requests + 1)
+        # The rows [B, ROW_INTS] that were written last, for whom, and in which step.
+        self._values = np.empty((0, ROW_INTS), np.int32)
+        self._cohort: Cohort | None = None
+        self._number = 0
 
     def line(self, state: RequestState) -> int:
         """The request's line."""
@@ -43,41 +48,46 @@ class Slots:
             self._shown[line] = ([], 0)
             self._free.append(line)
 
-    def lines(self, states: Sequence[RequestState]) -> Tensor:
-        """The lines of requests, [R] int64 on the device."""
-        host = torch.tensor([self.line(state) for state in states], dtype=torch.int64, device="cpu")
-        device = self.last_tokens.device
-        # From memory that is not pinned the copy would wait for the steps in flight.
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    def last_tokens_of(self, states: Sequence[RequestState]) -> Tensor:
+        """[R] int64, in flight or not."""
+        return self.last_tokens[self._lines_of(states)]
 
-    def show_tables(self, entries: Sequence[Scheduled], block_tables: Tensor) -> None:
-        """Copy block tables [B, n] on the device, n blocks at most of each entry's request, into their lines."""
-        lines = self.lines([entry.state for entry in entries])
-        self.tables[lines, : block_tables.shape[1]] = block_tables
-        for entry in entries:
-            table = entry.state.block_table
-            self._shown[self.line(entry.state)] = (table, min(len(table), block_tables.shape[1]))
+    def keep(self, tokens: Tensor, states: Sequence[RequestState]) -> None:
+        """Tokens [R] that a step samples are the requests' last ones; what was no token becomes token 0."""
+        self.last_tokens[self._lines_of(states)] = tokens.clamp(min=0)
 
-    def write_rows(self, entries: Sequence[Scheduled], rows: np.ndarray) -> bool:
-        """Fill rows [B, ROW_INTS] of a step of one token each; False if a table must be shown as a whole before."""
-        values = []
-        lines, shown = self._lines, self._shown
-        for entry in entries:
-            state = entry.state
-            line = lines.get(state.request.request_id)
-            if line is None:
-                return False
-            table, count = shown[line]
-            blocks = state.block_table
-            block = -1
-            if table is not blocks or len(blocks) > count:
-                if table is not blocks or len(blocks) > count + 1:
-                    return False
-                block = blocks[-1]
-                shown[line] = (table, count + 1)
-            start, known = entry.start, state.token_ids
-            token = known[start] if start < len(known) else -1
-            values.append((line, start + 1, block, token, len(state.prompt_ids)))
+    def _lines_of(self, states: Sequence[RequestState]) -> Tensor:
+        """The requests' lines, [R] int64 on the device."""
+        return send(np.array([self.line(state) for state in states], np.int64), self.last_tokens.device)
+
+    def write_rows(self, plan: StepPlan, rows: np.ndarray) -> None:
+        """Fill rows [size, ROW_INTS] of a step of one token each, B of them and padding, and show the tables they need."""
+        follows = plan.states is self._cohort and plan.number == self._number + 1 and plan.grown is not None
+        values = self._values if follows else self._first_rows(plan)
+        if follows:  # the device has sampled every token; blocks come one by one
+            values[:, 2:4] = -1
+            for row in plan.grown or ():
+                blocks = plan.states[row].block_table
+                values[row, 2] = blocks[-1]
+                self._shown[values[row, 0]] = (blocks, len(blocks))
+        values[:, 1] = plan.starts + 1
+        self._cohort, self._number, self._values = plan.states, plan.number, values
         rows[: len(values)] = values
         rows[len(values) :] = (self.padding, 0, -1, 0, 1)
-        return True
+
+    def _first_rows(self, plan: StepPlan) -> np.ndarray:
+        """The rows [B, ROW_INTS] but for their lengths, of a step whose requests may be anywhere."""
+        values, unshown = [], []
+        for state, start in zip(plan.states, plan.starts.tolist(), strict=True):
+            line, blocks, block, known = self.line(state), state.block_table, -1, state.token_ids
+            table, count = self._shown[line]
+            if table is not blocks or len(blocks) > count + 1:
+                unshown.append(state)
+            elif len(blocks) > count:
+                block = blocks[-1]
+            self._shown[line] = (blocks, len(blocks))
+            values.append((line, 0, block, known[start] if start < len(known) else -1, len(state.prompt_ids)))
+        if unshown:
+            tables = block_table_rows(unshown, max(len(state.block_table) for state in unshown))
+            self.tables[self._lines_of(unshown), : tables.shape[1]] = send(tables, self.tables.device)
+        return np.array(values, np.int32)

@@ -39,14 +39,15 @@ class StepTimes:
     def end_step(self, plan: StepPlan) -> None:
         """A step has ended, and what it gave is known to its requests."""
         now = time.monotonic()
-        self._observe("iteration_tokens", sum(entry.num_tokens for entry in plan.scheduled))
-        if num_sampled := sum(entry.samples for entry in plan.scheduled):
+        self._observe("iteration_tokens", int(plan.num_tokens.sum()))
+        if num_sampled := sum(plan.samples):
             self._observe("iter_token_latency", now - self._last_s, num_sampled)
         self._last_s = now
-        for entry in plan.scheduled:
-            state = entry.state
-            if entry.samples and state.first_token_s is None:
-                state.first_token_s = now
+        if plan.grown is None:  # who repeats a step has had its first token
+            for state, samples in zip(plan.states, plan.samples, strict=True):
+                if samples and state.first_token_s is None:
+                    state.first_token_s = now
+        for state in plan.states:
             if state.is_finished and state.started_s is not None:
                 self._end(state, state.started_s, now)
                 state.started_s = None  # another of its steps may still be in flight

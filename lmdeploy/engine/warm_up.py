@@ -61,6 +61,7 @@ def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
         runner.graphs = None
         get_logger().warning("decode steps of %s run without CUDA graphs: %s", model.config.architecture, error)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     gc.collect()
     gc.freeze()  # a collection that walks all that a model is made of takes longer than a step
 

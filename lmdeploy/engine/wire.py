@@ -18,7 +18,6 @@ from lmdeploy.engine.control import Command
 from lmdeploy.engine.guided import GuidedVocabulary
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.validation import EngineInfo
-from lmdeploy.messages import FinishReason
 
 _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = (1 << 32) - 1
@@ -69,21 +68,8 @@ class WireTensor:
     data: bytes
 
 
-class WireOutput(msgspec.Struct):
-    request_id: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-    prompt_tokens: int
-    cached_tokens: int
-    logprobs: list[dict[int, float]] | None
-    prompt_logprobs: list[dict[int, float]] | None
-    logits: WireTensor | None
-    hidden_states: WireTensor | None
-    error: Failure | None
-
-
 class Outputs(msgspec.Struct, tag=True):
-    outputs: list[WireOutput]
+    outputs: list[RequestOutput]
 
 
 class Stats(msgspec.Struct, tag=True):
@@ -106,8 +92,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         self._socket = sock
-        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(receives)
-        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(receives, dec_hook=_from_wire)
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=_to_wire)
         self._lock = threading.Lock()
 
     def send(self, message: msgspec.Struct) -> None:
@@ -161,46 +147,28 @@ def from_failure(failure: Failure) -> Exception:
     return kind(failure.message)
 
 
-def to_wire(output: RequestOutput) -> WireOutput:
-    return WireOutput(
-        output.request_id,
-        output.token_ids,
-        output.finish_reason,
-        output.prompt_tokens,
-        output.cached_tokens,
-        output.logprobs,
-        output.prompt_logprobs,
-        _pack(output.logits),
-        _pack(output.hidden_states),
-        None if output.error is None else to_failure(output.error),
-    )
+def _to_wire(value: object) -> Failure | WireTensor:
+    """What stands in a frame for a value of a type that msgspec does not know."""
+    if isinstance(value, torch.Tensor):
+        return _pack(value)
+    if isinstance(value, Exception):
+        return to_failure(value)
+    raise NotImplementedError(f"{type(value).__name__} has no form on the wire")
 
 
-def from_wire(wire: WireOutput) -> RequestOutput:
-    return RequestOutput(
-        wire.request_id,
-        wire.token_ids,
-        wire.finish_reason,
-        wire.prompt_tokens,
-        wire.cached_tokens,
-        wire.logprobs,
-        wire.prompt_logprobs,
-        _unpack(wire.logits),
-        _unpack(wire.hidden_states),
-        None if wire.error is None else from_failure(wire.error),
-    )
+def _from_wire(kind: type, value: object) -> object:
+    """The value of such a type that was sent as `value`."""
+    if kind is torch.Tensor:
+        return _unpack(msgspec.convert(value, WireTensor))
+    return from_failure(msgspec.convert(value, Failure))
 
 
-def _pack(tensor: torch.Tensor | None) -> WireTensor | None:
-    if tensor is None:
-        return None
+def _pack(tensor: torch.Tensor) -> WireTensor:
     _check_size(tensor.nbytes)
     data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return WireTensor(str(tensor.dtype).removeprefix("torch."), list(tensor.shape), data)
 
 
-def _unpack(wire: WireTensor | None) -> torch.Tensor | None:
-    if wire is None:
-        return None
+def _unpack(wire: WireTensor) -> torch.Tensor:
     flat = torch.frombuffer(bytearray(wire.data), dtype=torch.uint8) if wire.data else torch.empty(0, dtype=torch.uint8)
     return flat.view(getattr(torch, wire.dtype)).view(wire.shape)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lmdeploy.kernels import cpu
+from lmdeploy.kernels import cpu, invariant
 from lmdeploy.kernels.reference import attention, basic
 from lmdeploy.kernels.reference.attention import (
     apply_rope,
@@ -70,9 +69,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     if cpu.can_run(x):
         return cpu.rms_norm(x, weight, eps, offset)
     if runs_on_gpu(x):
+        from lmdeploy.kernels.cuda import rms_norm as cuda
         from lmdeploy.kernels.triton import norm
 
-        return norm.rms_norm(x, weight, eps, offset)
+        return (cuda if cuda.supports(x, weight) else norm).rms_norm(x, weight, eps, offset)
     return basic.rms_norm(x, weight, eps, offset)
 
 
@@ -92,11 +92,17 @@ def dense_linear(
     rest.update(norm_weight=norm_weight, norm_eps=norm_eps, norm_offset=norm_offset)
     if cpu.can_run(x) and cpu.can_multiply_dense(weight, len(x)):
         return cpu.dense_linear(x, weight, **rest)
+    if cpu.can_run(x) and cpu.can_multiply_dense(weight, 1) and invariant.applies(len(x)):
+        return invariant.in_pieces(
+            lambda rows, addend: cpu.dense_linear(rows, weight, **rest | {"residual": addend}),
+            x, residual, cpu.MAX_DENSE_TOKENS,
+        )  # fmt: skip
     if runs_on_gpu(x):
         from lmdeploy.kernels.cuda import dense
 
         return dense.linear(x, weight, **rest)
-    out = F.linear(x if norm_weight is None else rms_norm(x, norm_weight, norm_eps, norm_offset), weight, bias)
+    x = x if norm_weight is None else rms_norm(x, norm_weight, norm_eps, norm_offset)
+    out = invariant.linear(x, weight, bias)
     out = out if residual is None else out.add_(residual)
     return out if out_dtype is None else out.to(out_dtype)
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lmdeploy.kernels import invariant
 from lmdeploy.layers.linear import Linear
 from lmdeploy.layers.mlp import GatedMLP
 from lmdeploy.layers.norm import Norm
@@ -30,7 +30,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, k] float32 and experts [T, k] of the k choices of each token; x: [T, C]."""
-        return choose_experts(F.linear(x.float(), self.weight, self.bias), self.score_bias, self.moe)
+        return choose_experts(invariant.linear(x.float(), self.weight, self.bias), self.score_bias, self.moe)
 
 
 def choose_experts(logits: Tensor, score_bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:

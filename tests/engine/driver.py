@@ -69,6 +69,7 @@ def replay_uncaptured(engine: Engine, max_batch_size: int) -> None:
     """Let decode steps of the engine go the way of graphs; of all batch sizes, since twins take no padding."""
     runner = engine.runner
     runner.graphs = UncapturedGraphs(runner.model, runner.kv_cache, runner.slots, None, max_batch_size)
-    for size in range(1, max_batch_size + 1):
+    runner.graphs.sizes = list(range(1, max_batch_size + 1))
+    for size in runner.graphs.sizes:
         for keeps_logits in (False, True):
             runner.graphs.capture(size, keeps_logits)

@@ -62,8 +62,9 @@ def assert_same_until_a_tie(request: Request, logits: torch.Tensor, expected: li
 def tokens_under_noise(request: Request, output_ids: list[int], logits: torch.Tensor) -> set[int]:
     """What the sampler chooses next under logits [V] that differ from the given ones by float noise."""
     generator = torch.Generator().manual_seed(0)
-    state = RequestState(request, seed=request.sampling.seed or 0, root=b"", num_placeholders=1)
+    state = RequestState(request, seed=request.sampling.seed or 0, root=b"")
     state.token_ids += output_ids
+    state.num_computed_tokens = len(state.token_ids)  # the step that samples is in flight
     scale = 1e-5 * logits.abs().max()
     noisy = [logits + scale * torch.randn(logits.shape, generator=generator) for _ in range(64)]
     return {int(Sampler(len(logits), logits.device)(row[None].clone(), [state])) for row in noisy}

@@ -11,8 +11,8 @@ from lmdeploy.engine.block_manager import root_hash
 from lmdeploy.engine.drawing import _keep_top_p, uniform
 from lmdeploy.engine.reports import top_logprobs
 from lmdeploy.engine.request import Request, SamplingParams
-from lmdeploy.engine.sampler import INVALID_TOKEN, Sampler
-from lmdeploy.engine.state import RequestState
+from lmdeploy.engine.sampler import Sampler
+from lmdeploy.engine.state import INVALID_TOKEN, RequestState
 
 VOCAB = 12
 
@@ -27,7 +27,7 @@ def make_state(
         root=root_hash(),
     )
     state.token_ids.extend(output)
-    state.num_placeholders = 1
+    state.num_computed_tokens = len(state.token_ids)  # the step that samples the next is in flight
     return state
 
 
@@ -119,7 +119,7 @@ def test_penalties_count_tokens_that_the_host_has_not_seen(logits: torch.Tensor)
     seen = []
     for _ in range(VOCAB):
         seen.append(int(sampler(logits.clone(), [state])))
-        state.num_placeholders += 1
+        state.num_computed_tokens += 1
     assert sorted(seen) == list(range(VOCAB))
 
 

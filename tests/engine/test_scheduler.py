@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine.block_manager import BlockManager, root_hash
+from lmdeploy.engine.repeat import RepeatingScheduler
 from lmdeploy.engine.request import Request, SamplingParams
-from lmdeploy.engine.scheduler import Scheduler, StepPlan
+from lmdeploy.engine.scheduler import Part, Scheduler, StepPlan
 from lmdeploy.engine.state import RequestState
 
 VOCAB = 7
@@ -34,6 +35,10 @@ def expected_answer(prompt: list[int], max_new: int, session_len: int) -> list[i
     return tokens[len(prompt) :]
 
 
+def parts(plan: StepPlan) -> list[Part]:
+    return list(zip(plan.states, plan.starts.tolist(), plan.num_tokens.tolist(), plan.samples, strict=True))
+
+
 class FakeDevice:
     """Executes plans in order, knowing sampled tokens that the host has not seen yet."""
 
@@ -44,15 +49,14 @@ class FakeDevice:
 
     def execute(self, plan: StepPlan) -> list[int | None]:
         results: list[int | None] = []
-        for entry in plan.scheduled:
-            state = entry.state
+        for state, start, num_tokens, samples in parts(plan):
             tokens = self.true_tokens.setdefault(state.request_id, list(state.prompt_ids))
-            end = entry.start + entry.num_tokens
-            for position in range(entry.start, end):
+            end = start + num_tokens
+            for position in range(start, end):
                 self.slots[self.slot(state, position)] = tuple(tokens[: position + 1])
             for position in range(end):
                 assert self.slots[self.slot(state, position)] == tuple(tokens[: position + 1])
-            if entry.samples:
+            if samples:
                 assert end == len(tokens)
                 tokens.append(next_token(tokens))
                 results.append(tokens[-1])
@@ -76,6 +80,7 @@ prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_siz
     steps_in_flight=st.integers(1, 3),
     caching=st.booleans(),
     abort_at=st.integers(0, 12),
+    scheduler_class=st.sampled_from((Scheduler, RepeatingScheduler)),
 )
 def test_any_schedule_gives_the_answers_of_one_by_one(
     prompts: list[list[int]],
@@ -85,9 +90,10 @@ def test_any_schedule_gives_the_answers_of_one_by_one(
     steps_in_flight: int,
     caching: bool,
     abort_at: int,
+    scheduler_class: type[Scheduler],
 ) -> None:
     blocks = BlockManager(num_blocks, block_size=4)
-    scheduler = Scheduler(
+    scheduler = scheduler_class(
         blocks, max_batch_size=4, max_tokens_per_step=tokens_per_step, session_len=24, enable_prefix_caching=caching
     )
     device = FakeDevice(4)
@@ -110,12 +116,13 @@ def test_any_schedule_gives_the_answers_of_one_by_one(
             aborted.add(states[-1].request_id)
         plan = scheduler.schedule() if len(in_flight) < steps_in_flight else None
         if plan is not None:
-            assert sum(entry.num_tokens for entry in plan.scheduled) <= tokens_per_step
+            assert plan.num_tokens.sum() <= tokens_per_step
+            assert plan.is_decode == all(part[2:] == (1, True) for part in parts(plan))
             in_flight.append((plan, device.execute(plan)))
         if in_flight and (plan is None or len(in_flight) == steps_in_flight):
             done, tokens = in_flight.popleft()
-            for state, new, _ in scheduler.update(done.scheduled, tokens):
-                answers[state.request_id].extend(new)
+            for output in scheduler.update(done, tokens):
+                answers[output.request_id].extend(output.token_ids)
         if not scheduler.has_work and not in_flight:
             break
     assert not scheduler.has_work
@@ -149,13 +156,13 @@ def test_a_long_prompt_does_not_hold_up_decodes() -> None:
     scheduler.add(short)
     first = scheduler.schedule()
     assert first is not None
-    scheduler.update(first.scheduled, [1])
+    scheduler.update(first, [1])
     scheduler.add(long)
     for _ in range(4):
         plan = scheduler.schedule()
         assert plan is not None
-        assert [(entry.state.request_id, entry.num_tokens) for entry in plan.scheduled] == [("short", 1), ("long", 7)]
-        scheduler.update(plan.scheduled, [1, None])
+        assert [(state.request_id, count) for state, _, count, _ in parts(plan)] == [("short", 1), ("long", 7)]
+        scheduler.update(plan, [1, None])
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
@@ -164,10 +171,10 @@ def test_a_shared_prefix_is_computed_once() -> None:
     scheduler.add(first)
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.update(plan.scheduled, [1])
+    scheduler.update(plan, [1])
     scheduler.add(second)
     plan = scheduler.schedule()
     assert plan is not None
-    assert [(entry.start, entry.num_tokens) for entry in plan.scheduled] == [(13, 1), (12, 1)]
+    assert [part[1:3] for part in parts(plan)] == [(13, 1), (12, 1)]
     assert second.num_cached_tokens == 12
     assert second.block_table[:3] == first.block_table[:3]

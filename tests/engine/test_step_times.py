@@ -9,7 +9,7 @@ import pytest
 
 from lmdeploy.engine import step_times
 from lmdeploy.engine.request import Request, SamplingParams
-from lmdeploy.engine.scheduler import Scheduled, StepPlan
+from lmdeploy.engine.scheduler import StepPlan
 from lmdeploy.engine.state import RequestState
 from lmdeploy.engine.step_times import BOUNDS, StepTimes, read
 
@@ -34,9 +34,9 @@ def new_state(**times: float) -> RequestState:
 
 
 def step(*num_tokens: int, state: RequestState | None = None, num_sampled: int = 0) -> StepPlan:
-    """A plan with an entry of each of these lengths, of which the first num_sampled sample."""
+    """A plan with a part of each of these lengths, of which the first num_sampled sample."""
     one = state or new_state()
-    return StepPlan([Scheduled(one, 0, count, number < num_sampled) for number, count in enumerate(num_tokens)])
+    return StepPlan.of(1, [(one, 0, count, number < num_sampled) for number, count in enumerate(num_tokens)])
 
 
 def test_a_step_counts_its_tokens_and_its_time(clock: Iterator[int]) -> None:

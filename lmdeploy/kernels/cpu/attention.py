@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _ATTEND = Struct("16q")  # struct AttendArgs of attention.cpp
 _MAX_HEAD_DIM = 512
-_STEP = "cpu attention step"
+STEP = "cpu attention step"
 
 
 class _Spec(ctypes.Structure):
@@ -84,7 +84,7 @@ def rope_store_attend(
     slot is skipped). Softmax and sums in float32.
     """
     described = _specs.get(spec) or _describe_spec(spec)
-    step = ctx.cache.get(_STEP) or ctx.once(_STEP, lambda: _describe_step(ctx, keys.shape[2]))
+    step = ctx.cache.get(STEP) or ctx.once(STEP, lambda: _describe_step(ctx, keys.shape[2]))
     tokens, width = qkv.shape
     stride, unit = qkv.stride()
     strides = keys.stride()

@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -167,11 +168,16 @@ def library() -> ctypes.CDLL:
     return _active
 
 
-@contextmanager
-def use_target(target: str) -> Iterator[None]:
+def use_target(target: str) -> AbstractContextManager[None]:
     """Run the kernels of another instruction set inside the block (tests and benchmarks)."""
+    return use_library(load(target))
+
+
+@contextmanager
+def use_library(library: Any) -> Iterator[None]:
+    """Call another library than `load` gave inside the block."""
     global _active
-    before, _active = _active, load(target)
+    before, _active = _active, library
     try:
         yield
     finally:

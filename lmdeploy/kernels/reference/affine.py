@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.reference.basic import gated_activation, rms_norm
 
 
@@ -68,7 +68,7 @@ def linear(
     """
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps, norm_offset)
-    out = F.linear(x, _dense(w.q, w.scales, w.mins, w.bits, x.dtype), bias)
+    out = invariant.linear(x, _dense(w.q, w.scales, w.mins, w.bits, x.dtype), bias)
     if residual is not None:
         out = out + residual
     return out if out_dtype is None else out.to(out_dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from lmdeploy.kernels import invariant
 
 _ELEMENTS_AT_A_TIME = {"cpu": 1 << 20}  # the float32 intermediate stays in the cache
 _ELEMENTS_ON_A_GPU = 1 << 26
@@ -24,7 +25,7 @@ def linear(
 
     q: 8-bit floats or integers [N, K]; scales: float32 [N, ceil(K / group_size)].
     """
-    out = F.linear(x, dequantize(q, scales, group_size, x.dtype), bias)
+    out = invariant.linear(x, dequantize(q, scales, group_size, x.dtype), bias)
     if residual is not None:
         out = out + residual
     return out if out_dtype is None else out.to(out_dtype)

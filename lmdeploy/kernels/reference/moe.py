@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.reference.basic import gated_activation
 
 
@@ -41,9 +41,9 @@ def routed_mlp(
     for expert, count in enumerate(counts):
         if count:
             rows = x[tokens[start : start + count]]
-            hidden = F.linear(rows, gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert])
+            hidden = invariant.linear(rows, gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert])
             hidden = gated_activation(hidden, activation) if clamp is None else clamped_swiglu(hidden, clamp)
-            parts.append(F.linear(hidden, down[expert], None if down_bias is None else down_bias[expert]))
+            parts.append(invariant.linear(hidden, down[expert], None if down_bias is None else down_bias[expert]))
             start += count
     weighted = torch.cat(parts).float() * weights.flatten()[order, None]
     return torch.zeros_like(x, dtype=torch.float32).index_add_(0, tokens, weighted).to(x.dtype)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.triton.activation import gated_activation
 from lmdeploy.kernels.triton.arrivals import NUM_COUNTERS, counters
 from lmdeploy.kernels.triton.norm import rms_norm
@@ -135,6 +136,10 @@ def linear(
     x = x if x.stride(1) == 1 else x.contiguous()
     if len(x) <= MAX_FEW_ROWS:
         return _multiply_few(x, w, bias, residual, out_dtype or x.dtype)
+    if invariant.applies(len(x)):
+        return invariant.in_pieces(
+            lambda rows, addend: _multiply_few(rows, w, bias, addend, out_dtype or x.dtype), x, residual, MAX_FEW_ROWS
+        )
     out = torch.empty(len(x), w.n, dtype=x.dtype, device=x.device)
     step = max(1, _COPY_ELEMENTS // w.k)
     for start in range(0, w.n, step):

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.triton.activation import activate
 from lmdeploy.kernels.triton.affine import PackedAffine, add_product, channels_of
 
@@ -22,6 +23,7 @@ _MAX_RANKED_PAIRS = 4096  # beyond, sorting costs less than comparing every pair
 _RANK_BLOCK = 128
 _SUM_BLOCK = 1024
 _MAX_STAGES = 4
+_FIXED_PAIRS = 16  # of a tile, where results must not depend on how many there are
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ def _run(
     out = torch.empty_like(x)
     if num_pairs == 0:
         return out
-    block_m = _pairs_of_a_tile(num_pairs, num_experts, x.dtype)
+    block_m = _FIXED_PAIRS if invariant.applies(len(x)) else _pairs_of_a_tile(num_pairs, num_experts, x.dtype)
     order, tiles = _plan(experts.contiguous(), num_experts, block_m)
     hidden = torch.empty(num_pairs, down.k, dtype=x.dtype, device=x.device)
     mode = activation if clamp is None else "clamped"

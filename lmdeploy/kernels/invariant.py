@@ -1,0 +1,45 @@
+"""Products whose rows do not depend, to the bit, on how many other rows there are. It chooses no kernel.
+
+Libraries pick a kernel, and so an order of summation, by the number of rows. Once an engine asks for it, decode steps are
+multiplied in pieces of a size for which the order is known to be fixed. Steps of more rows than MAX_ROWS are left alone:
+they are a prompt's, and such an engine computes prompts one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_ROWS = 256
+_BLOCK = 16
+_is_on = False
+
+
+def enable() -> None:
+    """From now on, for every engine of this process."""
+    global _is_on
+    _is_on = True
+
+
+def applies(num_rows: int) -> bool:
+    """Whether a product of so many rows has to be made in pieces or by a kernel of fixed order."""
+    return _is_on and num_rows <= MAX_ROWS
+
+
+def in_pieces(
+    product: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, residual: Tensor | None, at_once: int
+) -> Tensor:
+    """product(rows of x, rows of residual) over at most `at_once` rows of x [M, K] at a time: [M, N]."""
+    residuals = [None] * len(x) if residual is None else residual.split(at_once)
+    return torch.cat([product(*pair) for pair in zip(x.split(at_once), residuals, strict=False)])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [M, K] -> [M, N], where need be in blocks padded to one size."""
+    if not applies(len(x)) or len(x) == 0:
+        return F.linear(x, weight, bias)
+    padded = F.pad(x, (0, 0, 0, -len(x) % _BLOCK))
+    return torch.cat([F.linear(block, weight, bias) for block in padded.split(_BLOCK)])[: len(x)]
