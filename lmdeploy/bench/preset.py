@@ -124,7 +124,7 @@ def _measure(folder: Path, setting: Setting, bandwidth: float, starts: dict[str,
     starts[setting.name] = time.perf_counter() - started
     try:
         model = load_config(folder, config.hf_overrides)
-        floor = DecodeFloor(bandwidth, client.info.weight_bytes, kv_bytes_per_token(model, torch.bfloat16, setting.kv))
+        floor = decode_floor(model, bandwidth, client.info.weight_bytes, setting.kv)
         generator = random.Random(0)
 
         def run(count: int, prompt_tokens: int, output_tokens: int) -> list[Timeline]:
@@ -156,12 +156,24 @@ def _measure(folder: Path, setting: Setting, bandwidth: float, starts: dict[str,
 _MATMUL_FLOPS = 798e12  # of an H100 in 16 bits, measured with large products
 
 
+def decode_floor(model: ModelConfig, bandwidth: float, weight_bytes: int, kv: QuantPolicy) -> DecodeFloor:
+    """weight_bytes: all that are stored; an embedding with a table of its own, in 16 bits, is not read."""
+    table = model.vocab_size * model.hidden_size
+    is_read = weight_bytes - (0 if model.tie_word_embeddings else 2 * table)
+    product_s = (model.num_layers * _layer_flops(model) + 2 * table) / _MATMUL_FLOPS
+    return DecodeFloor(bandwidth, is_read, kv_bytes_per_token(model, torch.bfloat16, kv), product_s)
+
+
 def prefill_floor(model: ModelConfig, tokens: int) -> float:
     """Prompt tokens per second if all products ran at _MATMUL_FLOPS: weights once, causal attention on top."""
-    head = model.num_heads * model.head_dim
-    linear = model.hidden_size * (2 * head + 2 * model.num_kv_heads * model.head_dim + 3 * model.intermediate_size)
-    flops = model.num_layers * (2 * linear + 2 * head * tokens)
-    return _MATMUL_FLOPS / flops
+    attention = 2 * model.num_heads * model.head_dim * tokens
+    return _MATMUL_FLOPS / (model.num_layers * (_layer_flops(model) + attention))
+
+
+def _layer_flops(model: ModelConfig) -> int:
+    """Of one token through the weights of one layer."""
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    return 2 * model.hidden_size * (heads + 3 * model.intermediate_size)
 
 
 def _wait_until_idle(client: ThreadClient) -> None:

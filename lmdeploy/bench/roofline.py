@@ -1,7 +1,7 @@
-"""How fast decoding could be at best: bytes that a token must read over the memory bandwidth. It runs no model.
+"""How fast decoding could be at best: what a step must read and multiply, over what the machine can. It runs no model.
 
-Every generated token reads the weights once per step and the keys and values of its context, and computes little beside:
-decoding is bound by memory. Source: the roofline model, https://doi.org/10.1145/1498765.1498785
+A step reads the weights once, and the keys and values of every request's context. With many requests the products of the
+weights take longer than reading them. Source: the roofline model, https://doi.org/10.1145/1498765.1498785
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ _REPEATS = 8
 
 @dataclass(frozen=True)
 class DecodeFloor:
-    """bandwidth in bytes/s. weight_bytes counts all stored weights: of a mixture of experts, or where the embedding has a
-    table of its own, a token reads fewer, and the true bound lies higher."""
+    """bandwidth in bytes/s. weight_bytes: of a mixture of experts, or where the embedding has a table of its own, a token
+    reads fewer than are stored. product_s: seconds that the products of one token take at the machine's best."""
 
     bandwidth: float
     weight_bytes: int
     kv_bytes_per_token: int
+    product_s: float = 0.0
 
     def tokens_per_s(self, batch_size: int, context_tokens: float) -> float:
         """Upper bound for `batch_size` requests that decode together at a mean context of `context_tokens`."""
-        step_bytes = self.weight_bytes + batch_size * context_tokens * self.kv_bytes_per_token
-        return batch_size * self.bandwidth / step_bytes
+        weights_s = max(self.weight_bytes / self.bandwidth, batch_size * self.product_s)
+        return batch_size / (weights_s + batch_size * context_tokens * self.kv_bytes_per_token / self.bandwidth)
 
 
 def measure_read_bandwidth(device: torch.device) -> float:
