@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "activate",
+    "apply_bitmask",
     "apply_rope",
     "argmax",
     "dense_linear",
@@ -164,11 +165,18 @@ def argmax(logits: Tensor) -> Tensor:
     """The first largest logit of each row, [R, V] -> [R] int64; -1 where the largest is not finite or one is NaN."""
     if logits.is_cuda and has_gpu_kernels():
         from lmdeploy.kernels.triton import sampling
+    else:
+        from lmdeploy.kernels.reference import sampling  # type: ignore[no-redef]
+    return sampling.argmax(logits)
 
-        return sampling.argmax(logits)
-    tokens = logits.argmax(dim=-1)
-    is_valid = logits.gather(1, tokens[:, None])[:, 0].isfinite()  # argmax prefers NaN to any number
-    return tokens.where(is_valid, -1)
+
+def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor) -> None:
+    """Set logits [R, V] to -inf where a token's bit is 0, in place. Arguments as in the reference."""
+    if logits.is_cuda and has_gpu_kernels():
+        from lmdeploy.kernels.triton import sampling
+    else:
+        from lmdeploy.kernels.reference import sampling  # type: ignore[no-redef]
+    sampling.apply_bitmask(logits, mask, rows)
 
 
 def prepare_decode(rows: Tensor, last_tokens: Tensor, tables: Tensor, block_size: int, out: DecodeInputs) -> None:

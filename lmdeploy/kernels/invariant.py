@@ -38,8 +38,13 @@ def in_pieces(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, [M, K] -> [M, N], where need be in blocks padded to one size."""
+    """x W^T + bias, [M, K] -> [M, N], as `in_blocks`."""
+    return in_blocks(lambda rows: F.linear(rows, weight, bias), x)
+
+
+def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """product(x) [M, ..] of rows x [M, ..], where need be in blocks padded to one size."""
     if not applies(len(x)) or len(x) == 0:
-        return F.linear(x, weight, bias)
-    padded = F.pad(x, (0, 0, 0, -len(x) % _BLOCK))
-    return torch.cat([F.linear(block, weight, bias) for block in padded.split(_BLOCK)])[: len(x)]
+        return product(x)
+    padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % _BLOCK))
+    return torch.cat([product(block) for block in padded.split(_BLOCK)])[: len(x)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmdeploy import kernels
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.spec import AttentionSpec
 from lmdeploy.layers.context import ForwardContext
 from lmdeploy.layers.fused import norm_linear
@@ -70,8 +71,9 @@ class LatentAttention(nn.Module):
             queries = norm_linear(queries, self.q_a_layernorm, self.q_b_proj)
         nope, rope = queries.unflatten(-1, (self.spec.num_heads, -1)).split((mla.nope_dim, mla.rope_dim), dim=-1)
         to_keys, to_values = self.up_projections
-        q = torch.cat((torch.einsum("thn,hnl->thl", nope, to_keys), rope), dim=-1)
+        q = torch.cat((invariant.in_blocks(lambda x: torch.einsum("thn,hnl->thl", x, to_keys), nope), rope), dim=-1)
         cos, sin = self.rotary.tables(ctx)
         cache, _ = ctx.kv_cache.layer(self.layer_index)
         out = kernels.latent_store_attend(q, self.kv_a_layernorm(latent), rope_key, cos, sin, cache, ctx, self.spec)
-        return self.o_proj(torch.einsum("thl,hvl->thv", out, to_values).flatten(1), residual=residual)
+        out = invariant.in_blocks(lambda x: torch.einsum("thl,hvl->thv", x, to_values), out)
+        return self.o_proj(out.flatten(1), residual=residual)

@@ -26,6 +26,7 @@ FEW_ITEMS, MANY_ITEMS = 8, 256  # requests x key-value heads
 _PLAIN, _INT8, _INT4 = range(3)
 _DIMS = {_PLAIN: (64, 80, 96, 112, 128), _INT8: (64, 128), _INT4: (64, 128)}
 _STATIC_SHARED_BYTES = 7 << 10  # of a block at most, what the driver takes included
+_DATA_CENTER = (9, 10)  # majors with clusters and the memory for as many tiles in flight as the first two shapes have
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def choose_shape(keys: Blocks, spec: AttentionSpec, batch: int) -> Shape:
     form, items = _form(keys), batch * spec.num_kv_heads
     assert form is not None
     few, some, many = _SHAPES[form]
-    if torch.cuda.get_device_capability() < (9, 0):  # no clusters, and not the memory for as many tiles in flight
+    if torch.cuda.get_device_capability()[0] not in _DATA_CENTER:
         shape = many
     elif invariant.applies(batch):
         shape = some

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from lmdeploy.kernels.cuda import nvrtc
 from lmdeploy.kernels.cuda.driver import Kernel
+from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
 
 MAX_TOKENS = 64
 COLUMNS = 128  # of a unit; K must be a multiple
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _ROW_BYTES = 320  # of 128 columns of x in shared memory
 _STATIC_SHARED_BYTES = 2 << 10  # at most, of barriers and a norm's sums
-_NO_EPILOGUE, _RESIDUAL, _GATED = range(3)
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,9 @@ class Variant:
 
     group_size: int
     has_zeros: bool
-    is_half: bool
-    out_float: bool
     token_tiles: int
     padded_tokens: int
-    epilogue: int
-    activation: int
-    has_bias: bool
+    epilogue: Epilogue
     has_norm: bool
     norm_offset: float
     tiling: Tiling
@@ -76,12 +71,10 @@ class Variant:
     def macros(self, is_bulk: bool) -> dict[str, object]:
         t = self.tiling
         return {
-            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "FP16": int(self.is_half),
-            "OUT32": int(self.out_float), "MT": self.token_tiles, "TRW": t.row_tiles, "WN": t.warps_n, "WK": t.warps_k,
-            "STAGES": t.stages, "CL": t.cluster, "EPI": self.epilogue, "ACT": self.activation,
-            "BIAS": int(self.has_bias), "NORM": int(self.has_norm), "NORM_OFFSET": f"{self.norm_offset}f",
-            "MINB": t.blocks_per_sm, "XS": t.x_stages, "TRIG": t.trigger, "MP": self.padded_tokens,
-            "BULK": int(is_bulk),
+            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "MT": self.token_tiles, "MP": self.padded_tokens,
+            "TRW": t.row_tiles, "WN": t.warps_n, "WK": t.warps_k, "STAGES": t.stages, "CL": t.cluster,
+            "MINB": t.blocks_per_sm, "XS": t.x_stages, "TRIG": t.trigger, "NORM": int(self.has_norm),
+            "NORM_OFFSET": f"{self.norm_offset}f", "BULK": int(is_bulk), **self.epilogue.macros(),
         }  # fmt: skip
 
 
@@ -168,16 +161,8 @@ def skinny_gemm(
     M up to 64, with a norm up to 8. Rows of x and residual may be apart; `out` may be the residual.
     """
     m = x.shape[0]
-    epilogue = _GATED if activation is not None else _NO_EPILOGUE if residual is None else _RESIDUAL
-    variant = choose_variant(
-        w, m, x.dtype, epilogue, activation, bias is not None, norm_weight is not None, norm_offset,
-        out_dtype == torch.float32, tiling,
-    )  # fmt: skip
-    rows = w.n // 2 if epilogue == _GATED else w.n
-    if out is None:
-        out = torch.empty(m, rows, dtype=out_dtype or x.dtype, device=x.device)
-    if residual is not None and residual.stride(0) != out.stride(0):
-        residual = residual.contiguous()
+    epilogue, out, residual = prepare(x, w.n, bias, residual, activation, out_dtype, out)
+    variant = choose_variant(w, m, epilogue, norm_weight is not None, norm_offset, tiling)
     kernel = _kernel(variant, w.unit_bytes)
     arguments = (w.data, x, out, residual, norm_weight, bias, norm_eps, m, w.n, w.k, x.stride(0), out.stride(0))
     kernel(variant.tiling.row_blocks * variant.tiling.cluster, arguments)
@@ -185,32 +170,19 @@ def skinny_gemm(
 
 
 def choose_variant(
-    w: Weight,
-    m: int,
-    dtype: torch.dtype,
-    epilogue: int,
-    activation: str | None,
-    has_bias: bool,
-    has_norm: bool,
-    norm_offset: float,
-    out_float: bool,
-    tiling: Tiling | None = None,
+    w: Weight, m: int, epilogue: Epilogue, has_norm: bool, norm_offset: float, tiling: Tiling | None = None
 ) -> Variant:
     """The compiled form that multiplies m tokens."""
     token_tiles = 1 if m <= 8 else 2 if m <= 16 else 4 if m <= 32 else 8
     return Variant(
         group_size=w.group_size,
         has_zeros=w.has_zeros,
-        is_half=dtype == torch.float16,
-        out_float=out_float,
         token_tiles=token_tiles,
         padded_tokens=1 if m == 1 else 2 if m == 2 else 4 if m <= 4 else 8,
         epilogue=epilogue,
-        activation=0 if activation is None else ACTIVATIONS.index(activation),
-        has_bias=has_bias,
         has_norm=has_norm,
         norm_offset=float(norm_offset),
-        tiling=tiling or choose_tiling(w.n, w.k, m, w.bits, w.unit_bytes, epilogue == _GATED, has_norm),
+        tiling=tiling or choose_tiling(w.n, w.k, m, w.bits, w.unit_bytes, epilogue.is_gated, has_norm),
     )
 
 
@@ -225,14 +197,13 @@ def dequantize(w: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tens
 @functools.cache
 def choose_tiling(n: int, k: int, m: int, bits: int, unit_bytes: int, is_gated: bool, has_norm: bool) -> Tiling:
     """The measured best for the shape where there is one for this GPU, else a rule."""
-    num_sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     for size in (1, 2, 4, 8, 16, 32, 64):
-        found = _table(num_sms).get(f"{bits}:{n}x{k}:{size}")
+        found = _table(num_sms()).get(f"{bits}:{n}x{k}:{size}")
         if size >= m and (size > 16) == (m > 16) and found is not None:
             tiling = Tiling(*found)
             if not (has_norm and tiling.x_stages) and not (is_gated and tiling.row_tiles % 2):
                 return tiling
-    return rule_tiling(n, k, m, unit_bytes, is_gated, num_sms, _shared_bytes())
+    return rule_tiling(n, k, m, unit_bytes, is_gated, num_sms(), block_shared_bytes())
 
 
 def rule_tiling(
@@ -260,7 +231,14 @@ def rule_tiling(
     return Tiling(row_tiles * (2 if is_gated else 1), warps_n, warps_k, stages, cluster, row_blocks)
 
 
-def _shared_bytes() -> int:
+@functools.cache
+def num_sms() -> int:
+    """Multiprocessors of the device."""
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+
+
+@functools.cache
+def block_shared_bytes() -> int:
     """Of a block at most: 227 KiB from Hopper on, 99 to 163 KiB on older GPUs and those for workstations."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))

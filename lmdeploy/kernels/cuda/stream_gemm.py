@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lmdeploy.kernels.cuda import nvrtc, skinny_gemm
 from lmdeploy.kernels.cuda.driver import Kernel
-from lmdeploy.kernels.cuda.skinny_gemm import ACTIVATIONS, arch
+from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
+from lmdeploy.kernels.cuda.skinny_gemm import arch, block_shared_bytes, num_sms
 
 MAX_TOKENS = 4
-_NO_EPILOGUE, _RESIDUAL, _GATED = range(3)
 _WARP_COLUMNS = 256  # of one 16-byte vector per lane
 _MAX_VECTORS = 16  # per lane, of all tokens: 128 registers of x
 _MAX_WARPS_K, _USUAL_WARPS_K = 14, 9
@@ -39,11 +39,7 @@ class Variant:
 
     columns: int
     padded_tokens: int
-    is_half: bool
-    out_float: bool
-    epilogue: int
-    activation: int
-    has_bias: bool
+    epilogue: Epilogue
     has_norm: bool
     norm_offset: float
     tiling: Tiling
@@ -52,18 +48,19 @@ class Variant:
         t = self.tiling
         return {
             "COLS": self.columns, "TOK": self.padded_tokens, "WK": t.warps_k, "XV": t.vectors, "WN": t.warps_n,
-            "ROWS": t.rows, "STAGES": t.stages, "FP16": int(self.is_half), "OUT32": int(self.out_float),
-            "EPI": self.epilogue, "ACT": self.activation, "BIAS": int(self.has_bias), "NORM": int(self.has_norm),
-            "NORM_OFFSET": f"{self.norm_offset}f", "BULK": int(is_bulk),
+            "ROWS": t.rows, "STAGES": t.stages, "NORM": int(self.has_norm), "NORM_OFFSET": f"{self.norm_offset}f",
+            "BULK": int(is_bulk), **self.epilogue.macros(),
         }  # fmt: skip
 
     def shared_bytes(self, outputs: int) -> int:
         """The ring and what is added to a block's `outputs` rows of y; if much, then so much that an SM takes one block."""
         ring = self.tiling.stages * self.tiling.rows * self.columns * 2
-        has_addends = self.has_bias or self.epilogue == _RESIDUAL
-        halves = 2 if self.epilogue == _GATED else 1
+        has_addends = self.epilogue.has_bias or self.epilogue.has_residual
+        halves = 2 if self.epilogue.is_gated else 1
         both = ring + (outputs * self.padded_tokens * halves * 4 if has_addends else 0)
-        is_small = both < _SHARED_BYTES_OF_ONE // 2 or _shared_bytes() < _SHARED_BYTES_OF_ONE + _STATIC_SHARED_BYTES
+        is_small = (
+            both < _SHARED_BYTES_OF_ONE // 2 or block_shared_bytes() < _SHARED_BYTES_OF_ONE + _STATIC_SHARED_BYTES
+        )
         return both if is_small else max(both, _SHARED_BYTES_OF_ONE)
 
 
@@ -72,9 +69,11 @@ def supports(x: Tensor, weight: Tensor) -> bool:
     m, k = len(x), weight.shape[1]
     if not 0 < m <= MAX_TOKENS or k % 8 or x.stride(0) % 8 or x.data_ptr() % 16:
         return False
-    if not weight.is_contiguous() or weight.dtype != x.dtype or not skinny_gemm.runs_on(x.device, x.dtype):
+    if not weight.is_contiguous() or weight.data_ptr() % 16 or weight.dtype != x.dtype:
         return False
-    fits = 2 * 2 * k * 2 <= _shared_bytes()  # two stages of a gate and an up
+    if not skinny_gemm.runs_on(x.device, x.dtype):
+        return False
+    fits = 2 * 2 * k * 2 <= block_shared_bytes()  # two stages of a gate and an up
     return fits and k <= _MAX_WARPS_K * _WARP_COLUMNS * (_MAX_VECTORS // _padded(m))
 
 
@@ -97,19 +96,11 @@ def stream_gemm(
     M up to 4. Rows of x and residual may be apart; `out` may be the residual.
     """
     m, (n, k) = x.shape[0], weight.shape
-    epilogue = _GATED if activation is not None else _NO_EPILOGUE if residual is None else _RESIDUAL
-    outs = n // 2 if epilogue == _GATED else n
-    if out is None:
-        out = torch.empty(m, outs, dtype=out_dtype or x.dtype, device=x.device)
-    if residual is not None and residual.stride(0) != out.stride(0):
-        residual = residual.contiguous()
-    tokens = _padded(m)
-    variant = Variant(
-        k, tokens, x.dtype == torch.float16, out.dtype == torch.float32, epilogue,
-        0 if activation is None else ACTIVATIONS.index(activation), bias is not None, norm_weight is not None,
-        float(norm_offset), tiling or choose_tiling(outs, k, tokens, epilogue == _GATED),
-    )  # fmt: skip
-    blocks = _num_sms()
+    epilogue, out, residual = prepare(x, n, bias, residual, activation, out_dtype, out)
+    outs, tokens = out.shape[1], _padded(m)
+    tiling = tiling or choose_tiling(outs, k, tokens, epilogue.is_gated)
+    variant = Variant(k, tokens, epilogue, norm_weight is not None, float(norm_offset), tiling)
+    blocks = num_sms()
     arguments = (weight, x, out, residual, norm_weight, bias, norm_eps, m, n, x.stride(0), out.stride(0))
     _kernel(variant, -(-outs // blocks))(blocks, arguments)
     return out
@@ -118,7 +109,7 @@ def stream_gemm(
 @functools.cache
 def choose_tiling(outs: int, k: int, tokens: int, is_gated: bool) -> Tiling:
     """The rule that measurements led to. outs: rows of y."""
-    return rule_tiling(outs, k, tokens, is_gated, _num_sms(), _shared_bytes())
+    return rule_tiling(outs, k, tokens, is_gated, num_sms(), block_shared_bytes())
 
 
 def rule_tiling(outs: int, k: int, tokens: int, is_gated: bool, num_sms: int, shared_bytes: int) -> Tiling:
@@ -139,18 +130,6 @@ def rule_tiling(outs: int, k: int, tokens: int, is_gated: bool, num_sms: int, sh
     fitting = (shared_bytes - beside) // (rows * k * 2 + rows * tokens * warps_k * 4)
     stages = max(1, min(fitting, -(-outputs * halves // rows), _MAX_STAGES))
     return Tiling(warps_k, vectors, 2 if rows > 1 and warps_k <= _USUAL_WARPS_K else 1, rows, stages)
-
-
-@functools.cache
-def _num_sms() -> int:
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
-
-
-@functools.cache
-def _shared_bytes() -> int:
-    """Of a block at most: 227 KiB from Hopper on, 99 to 163 KiB on older GPUs and those for workstations."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))
 
 
 def _padded(m: int) -> int:

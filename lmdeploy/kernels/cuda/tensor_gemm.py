@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lmdeploy.kernels.cuda import nvrtc, skinny_gemm
 from lmdeploy.kernels.cuda.driver import Kernel
-from lmdeploy.kernels.cuda.skinny_gemm import ACTIVATIONS, arch
+from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
+from lmdeploy.kernels.cuda.skinny_gemm import arch, num_sms
 from lmdeploy.kernels.cuda.tensor_map import TensorMap
 
 MAX_TOKENS = 128
@@ -23,7 +24,6 @@ _LONG_COLUMNS = 8192  # from which on K is split
 _COLUMNS = 64  # of a box: 128 bytes, a row of the swizzle
 _TOKENS = 64  # of a warpgroup
 _MAX_ROWS = 256  # of a block
-_NO_EPILOGUE, _RESIDUAL, _GATED = range(3)
 _STATIC_SHARED_BYTES = 2 << 10  # more than the barriers take
 _SHARED_BYTES_OF_ONE = 116 << 10  # of two such blocks, an SM holds one
 
@@ -44,11 +44,7 @@ class Variant:
     """Everything that the compiled kernel depends on."""
 
     token_rows: int
-    is_half: bool
-    out_float: bool
-    epilogue: int
-    activation: int
-    has_bias: bool
+    epilogue: Epilogue
     tiling: Tiling
 
     @property
@@ -61,7 +57,7 @@ class Variant:
         """The ring, what is beside it, and no less than makes an SM hold one block."""
         t = self.tiling
         ring = t.stages * _stage_bytes(t.pieces, self.token_rows, t.rows)
-        beside = bytes_beside_ring(self.token_rows, t.rows, t.cluster, t.groups, self.epilogue == _GATED)
+        beside = bytes_beside_ring(self.token_rows, t.rows, t.cluster, t.groups, self.epilogue.is_gated)
         return max(ring + beside, _SHARED_BYTES_OF_ONE)
 
     def macros(self) -> dict[str, object]:
@@ -70,8 +66,7 @@ class Variant:
         sums = range(columns // 2)
         return {
             "NW": columns, "MT": -(-self.token_rows // _TOKENS), "XROWS": self.token_rows, "KS": t.pieces,
-            "STAGES": t.stages, "CL": t.cluster, "WGN": t.groups, "FP16": int(self.is_half),
-            "OUT32": int(self.out_float), "EPI": self.epilogue, "ACT": self.activation, "BIAS": int(self.has_bias),
+            "STAGES": t.stages, "CL": t.cluster, "WGN": t.groups, **self.epilogue.macros(),
             "REGISTERS": '"' + ",".join(f"%{i}" for i in sums) + '"',
             "ACCUMULATORS": ",".join(f'"+f"(d[{i}])' for i in sums),
             "DESCRIPTORS": f'"%{len(sums)}, %{len(sums) + 1}"',
@@ -83,7 +78,9 @@ def supports(x: Tensor, weight: Tensor, is_gated: bool = False) -> bool:
     m, (n, k) = len(x), weight.shape
     if not 0 < m <= MAX_TOKENS or k % 8 or k < _COLUMNS or n % (16 if is_gated else 8) or n < 64:
         return False
-    if x.stride(0) % 8 or x.data_ptr() % 16 or not weight.is_contiguous() or weight.dtype != x.dtype:
+    if x.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return False
+    if not weight.is_contiguous() or weight.dtype != x.dtype:
         return False
     return has_instructions() and skinny_gemm.runs_on(x.device, x.dtype)
 
@@ -95,7 +92,7 @@ def is_faster(m: int, n: int, k: int, is_gated: bool) -> bool:
     """
     if m <= _FEW_TOKENS:
         return True
-    return n <= _num_sms() * _MAX_ROWS and (m <= _SOME_TOKENS or is_gated or k >= _LONG_COLUMNS)
+    return n <= num_sms() * _MAX_ROWS and (m <= _SOME_TOKENS or is_gated or k >= _LONG_COLUMNS)
 
 
 @functools.cache
@@ -120,29 +117,22 @@ def tensor_gemm(
     M up to 128. Rows of x and residual may be apart; `out` may be the residual.
     """
     m, (n, k) = x.shape[0], weight.shape
-    epilogue = _GATED if activation is not None else _NO_EPILOGUE if residual is None else _RESIDUAL
-    halves = 2 if epilogue == _GATED else 1
-    if out is None:
-        out = torch.empty(m, n // halves, dtype=out_dtype or x.dtype, device=x.device)
-    if residual is not None and residual.stride(0) != out.stride(0):
-        residual = residual.contiguous()
+    epilogue, out, residual = prepare(x, n, bias, residual, activation, out_dtype, out)
     token_rows = next(rows for rows in _TOKEN_ROWS if rows >= m)
-    t = tiling or choose_tiling(n, k, token_rows, epilogue == _GATED)
-    variant = Variant(
-        token_rows, x.dtype == torch.float16, out.dtype == torch.float32, epilogue,
-        0 if activation is None else ACTIVATIONS.index(activation), bias is not None, t,
-    )  # fmt: skip
-    box = t.rows // t.groups // 2 if epilogue == _GATED else t.rows
+    t = tiling or choose_tiling(n, k, token_rows, epilogue.is_gated)
+    box = t.rows // t.groups // 2 if epilogue.is_gated else t.rows
     weights = _map(weight.data_ptr(), x.dtype, k, n, k * 2, box)
     tokens = _map(x.data_ptr(), x.dtype, k, m, x.stride(0) * 2, token_rows)
-    _kernel(variant)(-(-n // t.rows) * t.cluster, (weights, tokens, out, residual, bias, m, n, k, out.stride(0)))
+    _kernel(Variant(token_rows, epilogue, t))(
+        -(-n // t.rows) * t.cluster, (weights, tokens, out, residual, bias, m, n, k, out.stride(0))
+    )
     return out
 
 
 @functools.cache
 def choose_tiling(n: int, k: int, token_rows: int, is_gated: bool) -> Tiling:
     """The rule that measurements led to."""
-    return rule_tiling(n, k, token_rows, is_gated, _num_sms())
+    return rule_tiling(n, k, token_rows, is_gated, num_sms())
 
 
 def rule_tiling(n: int, k: int, token_rows: int, is_gated: bool, num_sms: int, shared_bytes: int = 227 << 10) -> Tiling:
@@ -172,11 +162,6 @@ def bytes_beside_ring(token_rows: int, rows: int, cluster: int, groups: int, is_
     chunks = -(-(rows // groups // 8 // halves) // cluster) * halves  # of 8 columns, that a block finishes
     threads = 128 * -(-token_rows // _TOKENS) * groups
     return 1024 + slack + (cluster * chunks * threads * 16 if cluster > 1 else 0)
-
-
-@functools.cache
-def _num_sms() -> int:
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from lmdeploy.kernels.cuda import nvrtc
 from lmdeploy.kernels.cuda.driver import Kernel
-from lmdeploy.kernels.cuda.skinny_gemm import ACTIVATIONS, COLUMNS, Weight
+from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
+from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, num_sms
 
 FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm; fewer it multiplies as well
 _ARCH = "sm_90a"
 _TILES_PER_GROUP = 4  # of 16 rows that a warpgroup multiplies at once
 _MAX_SHARED_BYTES = 226 << 10  # of the 227 KiB, the barriers are static
 _RING_BYTES, _STAGES = 112_000, 4  # more were slower: the activations queue behind the weights
-_NO_EPILOGUE, _RESIDUAL, _GATED = range(3)
 # Registers that a thread has for accumulators and all else, by the warpgroups that multiply.
 _REGISTERS = {1: 240, 2: 200, 3: 136, 4: 96}
 _OTHER_REGISTERS = 60
@@ -57,22 +57,17 @@ class Variant:
 
     group_size: int
     has_zeros: bool
-    is_half: bool
-    out_float: bool
     tokens: int
-    epilogue: int
-    activation: int
-    has_bias: bool
+    epilogue: Epilogue
     tiling: Tiling
 
     def macros(self) -> dict[str, object]:
         """What wide_gemm.cu is compiled with."""
         t = self.tiling
         return {
-            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "FP16": int(self.is_half),
-            "OUT32": int(self.out_float), "NT": self.tokens, "WT": t.row_tiles, "WN": t.groups_n, "WK": t.groups_k,
-            "STAGES": t.stages, "CL": t.cluster, "TRIG": t.trigger, "EPI": self.epilogue, "ACT": self.activation,
-            "BIAS": int(self.has_bias),
+            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "NT": self.tokens, "WT": t.row_tiles,
+            "WN": t.groups_n, "WK": t.groups_k, "STAGES": t.stages, "CL": t.cluster, "TRIG": t.trigger,
+            **self.epilogue.macros(),
         }  # fmt: skip
 
 
@@ -101,18 +96,11 @@ def wide_gemm(
     Rows of x and residual may be apart; `out` may be the residual. tokens: those of a tile, by default as few as hold M.
     """
     m = len(x)
-    epilogue = _GATED if activation is not None else _NO_EPILOGUE if residual is None else _RESIDUAL
-    rows = w.n // 2 if epilogue == _GATED else w.n
-    if out is None:
-        out = torch.empty(m, rows, dtype=out_dtype or x.dtype, device=x.device)
-    if residual is not None and residual.stride(0) != out.stride(0):
-        residual = residual.contiguous()
-    variant = choose_variant(
-        w, tokens or tokens_of(m), x.dtype, epilogue, activation, bias is not None, out.dtype == torch.float32, tiling
-    )
+    epilogue, out, residual = prepare(x, w.n, bias, residual, activation, out_dtype, out)
+    variant = choose_variant(w, tokens or tokens_of(m), epilogue, tiling)
     t = variant.tiling
-    held = tiles_per_block(w.n, t, epilogue == _GATED)
-    is_aligned = rows % 4 == 0 and all(
+    held = tiles_per_block(w.n, t, epilogue.is_gated)
+    is_aligned = out.shape[1] % 4 == 0 and all(
         part.stride(0) % 4 == 0 and part.data_ptr() % (4 * part.element_size()) == 0
         for part in (out, residual)
         if part is not None
@@ -122,28 +110,10 @@ def wide_gemm(
     return out
 
 
-def choose_variant(
-    w: Weight,
-    tokens: int,
-    dtype: torch.dtype,
-    epilogue: int,
-    activation: str | None,
-    has_bias: bool,
-    out_float: bool,
-    tiling: Tiling | None = None,
-) -> Variant:
+def choose_variant(w: Weight, tokens: int, epilogue: Epilogue, tiling: Tiling | None = None) -> Variant:
     """The compiled form for tiles of so many tokens."""
-    return Variant(
-        group_size=w.group_size,
-        has_zeros=w.has_zeros,
-        is_half=dtype == torch.float16,
-        out_float=out_float,
-        tokens=tokens,
-        epilogue=epilogue,
-        activation=0 if activation is None else ACTIVATIONS.index(activation),
-        has_bias=has_bias,
-        tiling=tiling or choose_tiling(w.n, w.k, w.unit_bytes, epilogue == _GATED),
-    )
+    tiling = tiling or choose_tiling(w.n, w.k, w.unit_bytes, epilogue.is_gated)
+    return Variant(w.group_size, w.has_zeros, tokens, epilogue, tiling)
 
 
 def tokens_of(m: int) -> int:
@@ -154,13 +124,12 @@ def tokens_of(m: int) -> int:
 @functools.cache
 def choose_tiling(n: int, k: int, unit_bytes: int, is_gated: bool) -> Tiling:
     """The measured best for the shape where there is one for this GPU, else a rule; whatever the number of tokens."""
-    num_sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    found = _table(num_sms).get(f"{n}x{k}{':gated' if is_gated else ''}")
+    found = _table(num_sms()).get(f"{n}x{k}{':gated' if is_gated else ''}")
     if found is not None:
         tiling = Tiling(*found)
         if shared_bytes(MAX_TOKENS, tiling, tiles_per_block(n, tiling, is_gated), unit_bytes) <= _MAX_SHARED_BYTES:
             return tiling
-    return rule_tiling(n, k, unit_bytes, is_gated, num_sms)
+    return rule_tiling(n, k, unit_bytes, is_gated, num_sms())
 
 
 def rule_tiling(n: int, k: int, unit_bytes: int, is_gated: bool, num_sms: int) -> Tiling:

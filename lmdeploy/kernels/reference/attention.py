@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.reference.basic import rms_norm
 from lmdeploy.kernels.spec import AttentionSpec
 
@@ -79,7 +80,7 @@ def store_rotate_attend(
     store_kv(k, v, keys, values, ctx.slot_mapping)
     angles = ctx.positions.float()[:, None] * frequencies
     q = _grow(apply_rope(q, angles.cos(), angles.sin(), spec.interleaved), ctx, spec)
-    if ctx.is_decode:
+    if ctx.is_decode and not invariant.applies(len(q)):
         k, v = (_read(cache, ctx.block_tables, max(ctx.context_lens_host)) for cache in (keys, values))
         k = _rotate_keys(k, frequencies, spec)
         return _attend(q[:, None], k, v, ctx.positions[:, None], spec)[:, 0].flatten(1)
@@ -173,7 +174,7 @@ def paged_attention(q: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext
 
 
 def _attend_blocks(q: Tensor, keys: Blocks, values: Blocks, ctx: ForwardContext, spec: AttentionSpec) -> Tensor:
-    if ctx.is_decode:
+    if ctx.is_decode and not invariant.applies(len(q)):
         k, v = (_gather(cache, ctx.block_tables, max(ctx.context_lens_host)) for cache in (keys, values))
         return _attend(q[:, None], k, v, ctx.positions[:, None], spec)[:, 0]
     out = q.new_empty(*q.shape[:2], spec.value_dim)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmdeploy.kernels import invariant
+
 _LEVELS = 127
 _MIN_CUDA_ROWS = 32  # torch's product on a GPU wants more than 16
 
@@ -45,7 +47,7 @@ def integer_product(x: Tensor, w: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return torch._int_mm(x, w.T)
     if x.device.type != "cuda" or x.shape[1] % 8 or len(w) % 8:
-        return x.float() @ w.float().T
+        return invariant.linear(x.float(), w.float())
     if tokens < _MIN_CUDA_ROWS:
         x = torch.nn.functional.pad(x, (0, 0, 0, _MIN_CUDA_ROWS - tokens))
     return torch._int_mm(x, w.T)[:tokens]

@@ -9,7 +9,6 @@ their order. Flash-decoding, https://pytorch.org/blog/flash-decoding/
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -59,7 +58,6 @@ MAX_TILE_BYTES = 80 << 10  # of shared memory for keys and values under way, so 
 # A split is the shortest MIN_SPLIT * 2^n tokens of which MAX_SPLITS are enough.
 MIN_SPLIT, WHOLE, MAX_SPLITS = 128, 0, 32
 QUERY_ROWS = 16  # of an mma; a key-value head's queries fill them as far as they go
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,6 @@ def decode_attention(
     spec: AttentionSpec,
     *,
     dtype: torch.dtype | None = None,
-    config: Config | None = None,
 ) -> Tensor:
     """One query per request at position context_len - 1: q [B, H, D] -> [B, H, Dv] in `dtype`, else in q's.
 
@@ -148,7 +145,7 @@ def decode_attention(
     batch, heads, dim = q.shape
     k, v = (in_units(side(*part)) for part in ((keys, dim), (values, spec.value_dim)))
     is_latent = k.codes.data_ptr() == v.codes.data_ptr()
-    config = config or _config_for(q.dtype, k, v, is_latent)
+    config = _config_for(q.dtype, k, v, is_latent)
     block_size = k.codes.shape[2]
     group = heads // spec.num_kv_heads
     items_per_split = spec.num_kv_heads * triton.cdiv(group, QUERY_ROWS)

@@ -17,33 +17,30 @@ HEADS_AT_ONCE = 8
 
 def rope_store(
     qkv: Tensor,
-    cos_table: Tensor | None,
-    sin_table: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     positions: Tensor,
     slot_mapping: Tensor,
     keys: Blocks,
     values: Blocks,
     spec: AttentionSpec,
-    *,
-    table_by_token: bool = False,
 ) -> Tensor:
     """Clip, per-head norms, rotation, log-n growth of the queries; K and V go into the cache. Returns q [T, H, D].
 
-    qkv: [T, (H + 2 Hkv) * D], rows contiguous. cos_table, sin_table: [P, R / 2] float32, rows by position, or by token of the
-    step with table_by_token. positions: [T] int64. slot_mapping: [T] int64, block * S + offset; a token below 0 writes
-    nothing. keys, values: [NB, Hkv, S, D] or quantized. q comes in the basis in which the keys are stored, float16 for
-    quantized blocks of 16-bit models, so that attention need not turn it.
+    qkv: [T, (H + 2 Hkv) * D], rows contiguous. cos, sin: [T, R / 2] float32. positions: [T] int64. slot_mapping: [T] int64,
+    block * S + offset; a token below 0 writes nothing. keys, values: [NB, Hkv, S, D] or quantized. q comes in the basis in
+    which the keys are stored, float16 for quantized blocks of 16-bit models, so that attention need not turn it.
     """
     heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     k, v = side(keys, dim), side(values, dim)
     q = qkv.new_empty(qkv.shape[0], heads, dim, dtype=attention_dtype(keys, qkv.dtype))
     at_once = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
-    has_rope, has_norm = cos_table is not None, spec.q_norm is not None
+    has_norm = spec.q_norm is not None
     grid = (qkv.shape[0], triton.cdiv(heads, at_once) + 2 * triton.cdiv(kv_heads, at_once))
     _rope_store[grid](
         qkv,
-        cos_table if has_rope else qkv,
-        sin_table if has_rope else qkv,
+        qkv if cos is None else cos,
+        qkv if sin is None else sin,
         positions,
         slot_mapping,
         q,
@@ -66,9 +63,8 @@ def rope_store(
         KV_HEADS=kv_heads,
         D=dim,
         DP=triton.next_power_of_2(dim),
-        R=2 * cos_table.shape[-1] if cos_table is not None else 0,
+        R=0 if cos is None else 2 * cos.shape[-1],
         INTERLEAVED=spec.interleaved,
-        TABLE_BY_TOKEN=table_by_token,
         BLOCK_SIZE=k.codes.shape[2],
         HAS_CLIP=spec.clip is not None,
         HAS_NORM=has_norm,
@@ -92,7 +88,7 @@ def _clipped(x, clip, HAS_CLIP: tl.constexpr):
 
 @triton.jit
 def _turned(
-    x_ptr, cos_ptr, sin_ptr, weight_ptr, table_row, valid, clip, eps, norm_offset,
+    x_ptr, cos_ptr, sin_ptr, weight_ptr, token, valid, clip, eps, norm_offset,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_CLIP: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -116,8 +112,8 @@ def _turned(
         if HAS_NORM:
             other_weight = tl.load(weight_ptr + partner, mask=is_turned, other=0.0).to(tl.float32) + norm_offset
             y = (y * root * other_weight).to(DTYPE).to(tl.float32)
-        cos = tl.load(cos_ptr + table_row * (R // 2) + frequency, mask=is_turned, other=1.0)
-        sin = tl.load(sin_ptr + table_row * (R // 2) + frequency, mask=is_turned, other=0.0)
+        cos = tl.load(cos_ptr + token * (R // 2) + frequency, mask=is_turned, other=1.0)
+        sin = tl.load(sin_ptr + token * (R // 2) + frequency, mask=is_turned, other=0.0)
         x = (x * cos + tl.where(is_first, -y, y) * sin).to(DTYPE).to(tl.float32)
     return x
 
@@ -155,7 +151,7 @@ def _rope_store(
     k_params_block_stride, k_params_head_stride, v_params_block_stride, v_params_head_stride,
     clip, eps, norm_offset, log_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TABLE_BY_TOKEN: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_CLIP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_CLIP: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_LOGN: tl.constexpr, K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr,
     K_PIECE: tl.constexpr, V_PIECE: tl.constexpr, K_STAGES: tl.constexpr, V_STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -165,8 +161,6 @@ def _rope_store(
     Q_PARTS: tl.constexpr = (HEADS + AT_ONCE - 1) // AT_ONCE
     KV_PARTS: tl.constexpr = (KV_HEADS + AT_ONCE - 1) // AT_ONCE
     slot = tl.load(slots_ptr + token)
-    position = tl.load(positions_ptr + token)
-    row = token if TABLE_BY_TOKEN else position
     lane = tl.arange(0, AT_ONCE)
     d = tl.arange(0, DP)[None, :]
     x_ptr = qkv_ptr + token * token_stride
@@ -174,10 +168,11 @@ def _rope_store(
         head = part * AT_ONCE + lane
         valid = head < HEADS
         x = _turned(
-            x_ptr + head[:, None] * D, cos_ptr, sin_ptr, q_norm_ptr, row, valid[:, None], clip, eps, norm_offset,
+            x_ptr + head[:, None] * D, cos_ptr, sin_ptr, q_norm_ptr, token, valid[:, None], clip, eps, norm_offset,
             D, DP, R, INTERLEAVED, HAS_CLIP, HAS_NORM,
         )  # fmt: skip
         if HAS_LOGN:
+            position = tl.load(positions_ptr + token)
             growth = tl.maximum(tl.log((position + 1).to(tl.float32)) / log_length, 1.0)
             x = (x * growth).to(qkv_ptr.dtype.element_ty).to(tl.float32)
         if K_PIECE > 1:
@@ -188,7 +183,7 @@ def _rope_store(
         head = (part - Q_PARTS) * AT_ONCE + lane
         valid = head < KV_HEADS
         x = _turned(
-            x_ptr + (HEADS + head[:, None]) * D, cos_ptr, sin_ptr, k_norm_ptr, row, valid[:, None], clip, eps, norm_offset,
+            x_ptr + (HEADS + head[:, None]) * D, cos_ptr, sin_ptr, k_norm_ptr, token, valid[:, None], clip, eps, norm_offset,
             D, DP, R, INTERLEAVED, HAS_CLIP, HAS_NORM,
         )  # fmt: skip
         _store(

@@ -32,14 +32,12 @@ _LOG2_WEIGHT = tl.constexpr(-1.4426950408889634 / 2**23)
 _TOP_SHIFT = tl.constexpr(24)
 
 
-def argmax(logits: Tensor, out: Tensor | None = None) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     """The first largest logit of each row, [R] int64; INVALID_TOKEN where the largest is not finite or one is NaN.
 
     logits: [R, V] of any float dtype, rows at any distance.
     """
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
-    _find_largest(logits, tokens)
-    return tokens
+    return _find_largest(logits)[0]
 
 
 def draw(
@@ -49,7 +47,6 @@ def draw(
     top_p: Tensor,
     min_p: Tensor,
     uniforms: Tensor,
-    out: Tensor | None = None,
 ) -> Tensor:
     """One token per row by inverting the cumulative distribution at the row's uniform number: [R] int64.
 
@@ -61,10 +58,9 @@ def draw(
     largest. INVALID_TOKEN as in `argmax`. The result is the same in every run and whatever the other rows are.
     """
     num_rows, vocab_size = logits.shape
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
+    tokens, largest = _find_largest(logits)
     if num_rows == 0:
         return tokens
-    largest = _find_largest(logits, tokens)
     tiles = triton.cdiv(vocab_size, _TILE)
     bins = torch.empty(2, num_rows, tiles, 16, dtype=torch.float32, device=logits.device)
     temperature, top_k, top_p, min_p, uniforms = (t.contiguous() for t in (temperature, top_k, top_p, min_p, uniforms))
@@ -101,20 +97,25 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def apply_bitmask(logits: Tensor, mask: Tensor) -> None:
-    """Set logits [R, V] to -inf in place where the token's bit in mask [R, ceil(V / 32)] int32 is 0, lowest bits first."""
-    num_rows, vocab_size = logits.shape
-    if num_rows:
-        grid = (num_rows, triton.cdiv(vocab_size, _BLOCK))
-        _bitmask_kernel[grid](logits, logits.stride(0), mask, mask.stride(0), vocab_size, BLOCK=_BLOCK, num_warps=4)
+def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor) -> None:
+    """Set logits [R, V] to -inf in place where the token's bit in mask [M, ceil(V / 32)] int32 is 0, lowest bits first.
+
+    rows: [M] int64, the row of logits that each row of the mask belongs to.
+    """
+    vocab_size = logits.shape[1]
+    if len(rows):
+        grid = (len(rows), triton.cdiv(vocab_size, _BLOCK))
+        strides = (logits.stride(0), mask.stride(0))
+        _bitmask_kernel[grid](logits, mask, rows, *strides, vocab_size, BLOCK=_BLOCK, num_warps=4)
 
 
-def _find_largest(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The largest logits [R] float32, infinite where a row is invalid; writes tokens [R]."""
+def _find_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens as in `argmax` and the largest logits [R] float32, infinite where a row is invalid."""
     num_rows, vocab_size = logits.shape
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     largest = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     if num_rows == 0:
-        return largest
+        return tokens, largest
     blocks = triton.cdiv(vocab_size, _ARGMAX_BLOCK)
     blocks_each = triton.cdiv(blocks, max(1, min(blocks, _PROGRAMS // num_rows)))
     splits = triton.cdiv(blocks, blocks_each)
@@ -134,7 +135,7 @@ def _find_largest(logits: Tensor, tokens: Tensor) -> Tensor:
         BLOCK=_ARGMAX_BLOCK,
         num_warps=4,
     )
-    return largest
+    return tokens, largest
 
 
 @triton.jit
@@ -519,10 +520,11 @@ def _uniforms_kernel(seed_ptr, position_ptr, out_ptr, R, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bitmask_kernel(logits_ptr, stride, mask_ptr, mask_stride, V, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _bitmask_kernel(logits_ptr, mask_ptr, rows_ptr, stride, mask_stride, V, BLOCK: tl.constexpr):
+    mask_row = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + mask_row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    words = tl.load(mask_ptr + row * mask_stride + at // 32, mask=at < V, other=-1)
+    words = tl.load(mask_ptr + mask_row * mask_stride + at // 32, mask=at < V, other=-1)
     is_banned = ((words >> (at % 32)) & 1) == 0
     banned = tl.full([BLOCK], float("-inf"), logits_ptr.dtype.element_ty)
     tl.store(logits_ptr + row * stride + at, banned, mask=is_banned & (at < V))

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from lmdeploy.kernels.cuda import nvrtc
+from lmdeploy.kernels.cuda.epilogue import Epilogue
 from lmdeploy.kernels.cuda.skinny_gemm import Tiling, Variant
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
 def variant(token_tiles: int, epilogue: int, tiling: Tiling, *, is_half: bool, has_norm: bool) -> Variant:
-    return Variant(
-        32 if is_half else 128, not is_half, is_half, epilogue == 0, token_tiles, 8 if token_tiles > 1 else 2,
-        epilogue, 0, epilogue != 1, has_norm, 1.0, tiling,
-    )  # fmt: skip
+    end = Epilogue(is_half, epilogue == 0, epilogue, 0, epilogue != 1)
+    tokens = 8 if token_tiles > 1 else 2
+    return Variant(32 if is_half else 128, not is_half, token_tiles, tokens, end, has_norm, 1.0, tiling)
 
 
 VARIANTS = [

@@ -129,9 +129,7 @@ def test_what_is_stored_is_what_rope_store_stores(number: int) -> None:
     case = make_case(number)
     ctx = case.ctx
     keys, values = clones(case.keys), clones(case.values)
-    rope_store(
-        case.qkv, case.cos, case.sin, ctx.positions, ctx.slot_mapping, keys, values, case.spec, table_by_token=True
-    )
+    rope_store(case.qkv, case.cos, case.sin, ctx.positions, ctx.slot_mapping, keys, values, case.spec)
     case.attend(case.keys, case.values)
     num_new = sum(length > 0 for length in ctx.context_lens_host) * case.spec.num_kv_heads * case.spec.head_dim
     for part, (mine, theirs) in enumerate(

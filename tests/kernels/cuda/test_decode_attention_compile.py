@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from lmdeploy.kernels.cuda import nvrtc
-from lmdeploy.kernels.cuda.decode_attention import Shape, Variant, shared_parts
+from lmdeploy.kernels.cuda import decode_attention, nvrtc
+from lmdeploy.kernels.cuda.decode_attention import Shape, Variant, shared_parts, variant_of
+from lmdeploy.kernels.reference.quantized_cache import CodeFormat, QuantizedBlocks
+from lmdeploy.kernels.spec import AttentionSpec
+from lmdeploy.kernels.triton.stored import Blocks
 
 PLAIN, INT8, INT4 = range(3)
 MAX_SHARED_BYTES = 227 << 10  # of a block on Hopper
+# Compute capability, and KiB of shared memory of a block and of a multiprocessor.
+GPUS = [
+    ((8, 0), 163, 164), ((8, 6), 99, 100), ((8, 9), 99, 100), ((9, 0), 227, 228), ((10, 0), 227, 228), ((12, 0), 99, 100),
+]  # fmt: skip
 OLD, HOPPER = ("sm_80", "sm_86", "sm_89"), ("sm_90a", "sm_100a", "sm_120a")
 
 
@@ -51,3 +60,31 @@ def test_shared_memory_holds_it(one: Variant) -> None:
     parts = shared_parts(one.dim, one.group, one.k_form, one.v_form, one.shape)
     assert max(parts) <= one.shared_bytes <= sum(parts)
     assert one.shape.blocks_per_sm * one.shared_bytes <= MAX_SHARED_BYTES
+
+
+def layer(form: int, dim: int) -> Blocks:
+    """An empty layer of eight key-value heads."""
+    if form == PLAIN:
+        return torch.empty(0, 8, 64, dim, dtype=torch.bfloat16)
+    codes = CodeFormat(8) if form == INT8 else CodeFormat(4, is_rotated=True)
+    empty = torch.empty(0, 8, 64, codes.code_bytes(dim), dtype=torch.uint8)
+    return QuantizedBlocks(empty, torch.empty(0, 8, 64, 2, dtype=torch.float16), codes)
+
+
+@pytest.mark.parametrize(("capability", "of_block", "of_sm"), GPUS)
+def test_what_is_chosen_fits_into_every_gpu(
+    capability: tuple[int, int], of_block: int, of_sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(multi_processor_count=84, shared_memory_per_multiprocessor=of_sm << 10)
+    monkeypatch.setattr(decode_attention, "_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for form, dims in ((PLAIN, (64, 80, 96, 112, 128)), (INT8, (64, 128)), (INT4, (64, 128))):
+        for dim in dims:
+            for group in (1, 7, 16):
+                for batch in (1, 4, 200):
+                    spec = AttentionSpec(8 * group, 8, dim, dim, 1.0)
+                    qkv, keys = torch.empty(batch, 0), layer(form, dim)
+                    one = variant_of(qkv, dim, keys, keys, spec, None)
+                    static = 2 * group * (dim + 8) + 4 * dim + 12 * group * one.shape.warps
+                    assert one.shared_bytes + static <= of_block << 10, one
+                    assert one.shape.cluster == 1 or capability >= (9, 0)

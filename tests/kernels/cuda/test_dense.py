@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmdeploy.kernels.cuda import nvrtc, stream_gemm, tensor_gemm
+from lmdeploy.kernels.cuda import nvrtc, skinny_gemm, stream_gemm, tensor_gemm
+from lmdeploy.kernels.cuda.epilogue import Epilogue
 from lmdeploy.kernels.cuda.stream_gemm import rule_tiling as stream_rule
 from lmdeploy.kernels.cuda.tensor_gemm import rule_tiling as tensor_rule
 
@@ -40,12 +41,13 @@ def stream_variant(
 ) -> stream_gemm.Variant:
     outs = n // 2 if epilogue == 2 else n
     tiling = stream_rule(outs, k, tokens, epilogue == 2, 132, shared)
-    return stream_gemm.Variant(k, tokens, is_half, epilogue == 0, epilogue, 1, not is_half, epilogue != 1, 1.0, tiling)
+    end = Epilogue(is_half, epilogue == 0, epilogue, 1, not is_half)
+    return stream_gemm.Variant(k, tokens, end, epilogue != 1, 1.0, tiling)
 
 
 def tensor_variant(n: int, k: int, token_rows: int, epilogue: int, *, is_half: bool = False) -> tensor_gemm.Variant:
     tiling = tensor_rule(n, k, token_rows, epilogue == 2, 132)
-    return tensor_gemm.Variant(token_rows, is_half, epilogue == 0, epilogue, 2, not is_half, tiling)
+    return tensor_gemm.Variant(token_rows, Epilogue(is_half, epilogue == 0, epilogue, 2, not is_half), tiling)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -77,7 +79,7 @@ def test_the_kernel_of_hopper_compiles(token_rows: int, epilogue: int, is_half: 
 def test_the_rule_for_one_token_covers_every_column_and_fits(
     shared_bytes: int, tokens: int, is_gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_gemm, "_shared_bytes", lambda: shared_bytes)
+    monkeypatch.setattr(stream_gemm, "block_shared_bytes", lambda: shared_bytes)
     for n, k in SHAPES:
         if 8 * k > shared_bytes:
             continue
@@ -111,7 +113,7 @@ def test_the_rule_of_hopper_spreads_the_rows_and_fits(token_rows: int, is_gated:
 
 
 def test_many_tokens_and_wide_heads_are_left_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_gemm, "_num_sms", lambda: 132)
+    monkeypatch.setattr(tensor_gemm, "num_sms", lambda: 132)
     faster = tensor_gemm.is_faster
     assert faster(16, 151936, 1536, False)
     assert not faster(17, 151936, 1536, False)
@@ -119,6 +121,20 @@ def test_many_tokens_and_wide_heads_are_left_to_cublas(monkeypatch: pytest.Monke
     assert not faster(65, 6144, 4096, False)
     assert faster(128, 28672, 4096, True)
     assert faster(128, 4096, 14336, False)
+
+
+def test_rows_that_no_copy_can_read_are_left_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny_gemm, "runs_on", lambda device, dtype: True)
+    monkeypatch.setattr(stream_gemm, "block_shared_bytes", lambda: SHARED_BYTES)
+    monkeypatch.setattr(tensor_gemm, "has_instructions", lambda: True)
+    rows = torch.zeros(65 * 64, dtype=torch.bfloat16)
+    x, weight = torch.zeros(2, 64, dtype=torch.bfloat16), rows[: 64 * 64].view(64, 64)
+    for kernel in (stream_gemm, tensor_gemm):
+        assert kernel.supports(x, weight)
+        assert not kernel.supports(x, rows[1 : 1 + 64 * 64].view(64, 64))
+        assert not kernel.supports(rows[1:129].view(2, 64), weight)
+        assert not kernel.supports(x[:0], weight)
+        assert not kernel.supports(x, weight.half())
 
 
 @pytest.mark.gpu

@@ -17,10 +17,12 @@ from lmdeploy.layers.alibi import alibi_slopes
 from lmdeploy.layers.context import ForwardContext
 from lmdeploy.layers.quantized_cache import FORMATS
 from lmdeploy.messages import QuantPolicy
+from tests.kernels.triton.numbers import DTYPES
 from tests.kernels.triton.steps import fill, make_spec, make_step, normal, poisoned_layer, widened
 
 BLOCK_SIZE, NUM_BLOCKS = 64, 16
 LENGTHS = [130, 1, 64, 0, 259]  # across splits, one token, a full block, padding, three splits
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 PLAIN = make_spec(4, 2, 64)
 SINKS = normal(4, seed=3, device=torch.device("cpu"))
 VARIANTS = {
@@ -94,13 +96,13 @@ def decode_step(
     return normal(len(lengths), spec.num_heads, spec.head_dim, seed=9, device=device, dtype=dtype), keys, values, ctx
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_decode_variants(name: str, dtype: torch.dtype, device: torch.device) -> None:
     spec = moved(VARIANTS[name], device)
     q, keys, values, ctx = decode_step(spec, device, dtype=dtype)
     out = run_decode(q, keys, values, ctx, spec)
-    tolerance = 2e-3 if dtype == torch.float16 else 2e-5
+    tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(out.float(), expected(q, keys, values, ctx, spec), rtol=tolerance, atol=tolerance)
 
 
@@ -214,13 +216,13 @@ def prefill_step(
 
 
 @pytest.mark.parametrize("may_use_torch", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_prefill_variants(name: str, dtype: torch.dtype, may_use_torch: bool, device: torch.device) -> None:
     spec = moved(VARIANTS[name], device)
     q, keys, values, ctx = prefill_step(spec, device, dtype)
     out = run_prefill(q, keys, values, ctx, spec, may_use_torch)
-    tolerance = 2e-3 if dtype == torch.float16 else 2e-5
+    tolerance = TOLERANCE[dtype]
     want = expected(q.float(), keys, values, ctx, spec)
     torch.testing.assert_close(out.float(), want, rtol=tolerance, atol=tolerance)
 

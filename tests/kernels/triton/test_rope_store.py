@@ -31,9 +31,10 @@ SPECS = {
 }
 
 
-def tables(rotary_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    frequencies = 100.0 ** -torch.linspace(0, 1, rotary_dim // 2, device=device)
-    angles = torch.arange(64, device=device)[:, None] * frequencies
+def tables(rotary_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each token, [T, R / 2]."""
+    frequencies = 100.0 ** -torch.linspace(0, 1, rotary_dim // 2, device=positions.device)
+    angles = positions[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -43,7 +44,7 @@ def expected(
     """q [T, H, D] as it attends to plain blocks; k, v [T, Hkv, D]."""
     q, k, v = attention._split_heads(qkv, spec)
     if cos is not None and sin is not None:
-        q, k = (attention.apply_rope(x, cos[positions], sin[positions], spec.interleaved) for x in (q, k))
+        q, k = (attention.apply_rope(x, cos, sin, spec.interleaved) for x in (q, k))
     if spec.logn_length:
         growth = (torch.log((positions + 1).float()) / torch.log(torch.tensor(float(spec.logn_length)))).clamp(min=1)
         q = (q * growth[:, None, None]).to(q.dtype)
@@ -65,7 +66,7 @@ def test_plain_blocks(name: str, rotary_dim: int, dtype: torch.dtype, device: to
     keys, values = poisoned_layer(NUM_BLOCKS, BLOCK_SIZE, spec, device, dtype)
     twin_keys, twin_values = clones(keys), clones(values)
     qkv = normal(sum(TOKENS), 10 * 64, seed=1, device=device, dtype=dtype)
-    cos, sin = tables(rotary_dim, device) if rotary_dim else (None, None)
+    cos, sin = tables(rotary_dim, ctx.positions) if rotary_dim else (None, None)
     q, k, v = expected(qkv, cos, sin, ctx.positions, spec)
     attention.store_kv(k, v, twin_keys, twin_values, ctx.slot_mapping)
     out = rope_store(qkv, cos, sin, ctx.positions, ctx.slot_mapping, keys, values, spec)
@@ -75,25 +76,15 @@ def test_plain_blocks(name: str, rotary_dim: int, dtype: torch.dtype, device: to
     torch.testing.assert_close(values, twin_values, rtol=0, atol=0, equal_nan=True)
 
 
-def test_padding_writes_nothing_and_tables_by_token(device: torch.device) -> None:
-    """Rows of cosines in the step's own order, strided input rows, and two tokens of a graph's padding."""
+def test_padding_writes_nothing(device: torch.device) -> None:
+    """Strided input rows, and two tokens of a graph's padding."""
     ctx = make_step(TOKENS, LENGTHS, NUM_BLOCKS, BLOCK_SIZE, device)
     keys, values = poisoned_layer(NUM_BLOCKS, BLOCK_SIZE, PLAIN, device)
     qkv = normal(sum(TOKENS), 11 * 64, seed=1, device=device, dtype=torch.float16)[:, : 10 * 64]
-    cos, sin = tables(64, device)
+    cos, sin = tables(64, ctx.positions)
     slots = ctx.slot_mapping.clone()
     slots[[1, 6]] = -1
-    out = rope_store(
-        qkv,
-        cos[ctx.positions],
-        sin[ctx.positions],
-        ctx.positions,
-        slots,
-        keys,
-        values,
-        PLAIN,
-        table_by_token=True,
-    )
+    out = rope_store(qkv, cos, sin, ctx.positions, slots, keys, values, PLAIN)
     q, k, _ = expected(qkv, cos, sin, ctx.positions, PLAIN)
     torch.testing.assert_close(out, q, rtol=2e-3, atol=2e-3)
     written = (~keys.isnan()).all(-1).all(1).flatten().nonzero().flatten()
@@ -118,7 +109,7 @@ def test_quantized_blocks(policy: QuantPolicy, dim: int, dtype: torch.dtype, dev
     qkv[:, 5] *= 20
     qkv[2] = 0
     qkv[3] = 1.5
-    cos, sin = tables(dim, device)
+    cos, sin = tables(dim, ctx.positions)
     q, k, v = expected(qkv, cos, sin, ctx.positions, spec)
     attention.store_kv(k, v, twin_keys, twin_values, ctx.slot_mapping)
     out = rope_store(qkv, cos, sin, ctx.positions, ctx.slot_mapping, keys, values, spec)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmdeploy.kernels.reference import sampling as reference
 from lmdeploy.kernels.triton import sampling
+from tests.kernels.triton.conftest import IS_INTERPRETED
 from tests.kernels.triton.numbers import DTYPES, normal
 
 NAN, INF = float("nan"), float("inf")
@@ -56,11 +58,7 @@ def draw_all(logits: Tensor, settings: list[tuple[float, int, float, float]], nu
     temperature, top_k, top_p, min_p = (torch.tensor(values) for values in zip(*settings, strict=True))
     floats = (t.float().to(logits.device) for t in (temperature, top_p, min_p))
     temperature, top_p, min_p = floats
-    out = torch.full((len(logits),), 12345, device=logits.device)
-    drawn = sampling.draw(
-        logits, temperature, top_k.to(logits.device), top_p, min_p, numbers.to(logits.device), out=out
-    )
-    assert drawn is out
+    drawn = sampling.draw(logits, temperature, top_k.to(logits.device), top_p, min_p, numbers.to(logits.device))
     return drawn.tolist()
 
 
@@ -80,9 +78,7 @@ def test_argmax(
 ) -> None:
     monkeypatch.setattr(sampling, "_PROGRAMS", programs)
     logits = normal(rows, vocab_size + 9, seed=rows, device=device, dtype=dtype)[:, :vocab_size]
-    out = torch.full((rows,), 12345, device=device)
-    assert sampling.argmax(logits, out=out) is out
-    assert torch.equal(out.cpu(), logits.cpu().float().argmax(-1))
+    assert torch.equal(sampling.argmax(logits).cpu(), logits.cpu().float().argmax(-1))
 
 
 @pytest.mark.parametrize("vocab_size", [10, 5000])
@@ -129,6 +125,26 @@ def test_more_candidates_than_the_list_holds(flat: bool, monkeypatch: pytest.Mon
 
 def test_one_tile_of_full_size(device: torch.device) -> None:
     check_against_definition(3 * normal(2, 5000, seed=4, device=device), [(0.8, 50, 0.95, 0.0), (1.0, 0, 0.9, 0.0)])
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="slow through the interpreter")
+@pytest.mark.parametrize(
+    ("vocab_size", "spread", "dtype"),
+    [(92544, 1.0, torch.float32), (151936, 4.0, torch.bfloat16), (2000, 0.01, torch.float32)],
+)
+def test_whole_vocabularies(vocab_size: int, spread: float, dtype: torch.dtype, device: torch.device) -> None:
+    """The same tokens every time, and those of the definition, but for numbers at the border of two tokens."""
+    settings = [
+        (t, k, p, m) for t in (0.7, 1.0) for k in (0, 1, 50, 3000) for p in (0.3, 0.95, 1.0) for m in (0.0, 0.02)
+    ]
+    logits = (spread * normal(len(settings), vocab_size, seed=6, device=device)).to(dtype)
+    assert sampling.argmax(logits).tolist() == logits.cpu().float().argmax(-1).tolist()
+    numbers = torch.rand(len(settings), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    drawn = draw_all(logits, settings, numbers)
+    assert draw_all(logits, settings, numbers) == drawn
+    rows = zip(logits, settings, numbers.tolist(), drawn, strict=True)
+    wrong = sum(expected_token(distribution(row, *s), number) != token for row, s, number, token in rows)
+    assert wrong <= len(settings) // 16
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -182,12 +198,17 @@ def test_uniforms_are_the_engine_s(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [31, 64, 1500])
 def test_bitmask(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    logits = normal(3, vocab_size, seed=0, device=device, dtype=dtype)
+    """Masks of three of five rows, in an order of their own."""
+    logits = normal(5, vocab_size + 3, seed=0, device=device, dtype=dtype)[:, :vocab_size]
     allowed = torch.rand(3, vocab_size, generator=torch.Generator().manual_seed(1)) < 0.5
     padded = torch.zeros(3, -(-vocab_size // 32) * 32, dtype=torch.int64)
     padded[:, :vocab_size] = allowed
     words = (padded.unflatten(1, (-1, 32)) << torch.arange(32)).sum(-1)
     mask = words.to(torch.uint32).view(torch.int32).to(device)
-    expected = logits.where(allowed.to(device), -INF)
-    sampling.apply_bitmask(logits, mask)
+    rows = torch.tensor([4, 0, 2], device=device)
+    twin, expected = logits.clone(), logits.clone()
+    expected[rows] = logits[rows].where(allowed.to(device), -INF)
+    sampling.apply_bitmask(logits, mask, rows)
     assert torch.equal(logits, expected)
+    reference.apply_bitmask(twin, mask, rows)
+    assert torch.equal(twin, expected)
