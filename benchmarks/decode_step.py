@@ -17,6 +17,7 @@ from statistics import mean, median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu import elapsed_us
 from lmdeploy.bench.roofline import DecodeFloor, measure_read_bandwidth
 from lmdeploy.bench.shapes import shape_folder, shape_overrides
 from lmdeploy.engine.config import EngineConfig
@@ -47,16 +48,13 @@ def graph_of(engine: Engine, size: int, context: int) -> tuple[DecodeGraphs, Gra
 
 def step_us(graph: Graph) -> float:
     """Median over runs of replays one behind the other."""
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS // 5):
+    count = REPLAYS // 5
+
+    def replay() -> None:
+        for _ in range(count):
             graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (REPLAYS // 5))
-    return median(times)
+
+    return median(elapsed_us(replay) / count for _ in range(5))
 
 
 def kernel_table(graph: Graph, us: float) -> str:

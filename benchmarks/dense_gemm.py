@@ -3,32 +3,27 @@
     python -m benchmarks.dense_gemm [--checks N] [--tokens M ...] [--out FILE]
 
 Single products are timed over weights that exceed the L2 cache several times, the four products of a layer in a chain of
-layers, each as a replay of a CUDA graph. The floor is the weight's bytes at the bandwidth that a large read reaches here.
-cuBLAS is timed without norm and residual, in the chain with the activation's own kernel.
+layers, each as a replay of a CUDA graph, beside the floors of benchmarks/gpu.py. cuBLAS is timed without norm and residual,
+in the chain with the activation's own kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.skinny_gemm import graph_time_us, show
-from lmdeploy.bench.roofline import measure_read_bandwidth
+from benchmarks.gpu import DEVICE, Limits, copies_for, guarded, replay_us, show, write
 from lmdeploy.kernels import gated_activation
 from lmdeploy.kernels.cuda import dense, stream_gemm, tensor_gemm
-from lmdeploy.kernels.cuda.skinny_gemm import ACTIVATIONS
+from lmdeploy.kernels.cuda.epilogue import ACTIVATIONS
 from lmdeploy.kernels.reference import basic
 
-DEVICE = torch.device("cuda")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-_ROTATED_BYTES = 500 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,9 @@ class Shape:
     @property
     def num_bytes(self) -> int:
         return self.n * self.k * 2
+
+    def floor_us(self, m: int, limits: Limits) -> float:
+        return limits.floor_us(self.num_bytes, m * self.num_bytes)  # two operations a number, of two bytes
 
 
 def layer(hidden: int, qkv: int, inner: int) -> list[Shape]:
@@ -88,28 +86,11 @@ def check(number: int) -> float:
         expected = expected + residual.double()
     function = stream_gemm.stream_gemm if is_streamed else tensor_gemm.tensor_gemm
     out_dtype = torch.float32 if draw.random() < 0.3 else dtype
-    outs = [guarded(function, x, weight, expected.shape, out_dtype, arguments) for _ in range(2)]
+    outs = [guarded(expected.shape, out_dtype, lambda out: function(x, weight, out=out, **arguments)) for _ in range(2)]
     assert torch.equal(*outs), "not deterministic"
     error = ((outs[0].double() - expected).norm() / expected.norm()).item()
     assert error < 1e-2, f"error {error:.2e} in {number}: {function.__name__} {dtype} {m} {n} {k} {arguments.keys()}"
     return error
-
-
-def guarded(
-    function: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    arguments: dict[str, object],
-) -> Tensor:
-    """The product between two rows of poison, which must stay."""
-    out = torch.full((shape[0] + 2, shape[1]), float("nan"), device=DEVICE, dtype=dtype)
-    function(x, weight, out=out[1:-1], **arguments)
-    torch.cuda.synchronize()
-    assert out[0].isnan().all(), "wrote before the result"
-    assert out[-1].isnan().all(), "wrote behind the result"
-    return out[1:-1]
 
 
 def multiply(shape: Shape, x: Tensor, weight: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
@@ -139,22 +120,22 @@ def make_weight(shape: Shape) -> Tensor:
     return (torch.randn(shape.n, shape.k, device=DEVICE) * shape.k**-0.5).bfloat16()
 
 
-def measure_single(shape: Shape, m: int, bandwidth: float) -> dict[str, float]:
+def measure_single(shape: Shape, m: int, limits: Limits) -> dict[str, float]:
     """Microseconds of one product and of cuBLAS, over copies of the weight."""
     first = make_weight(shape)
-    weights = [first] + [first.clone() for _ in range(-(-_ROTATED_BYTES // shape.num_bytes))]
+    weights = [first] + [first.clone() for _ in range(copies_for(shape.num_bytes) - 1)]
     x, gamma = torch.randn(m, shape.k, device=DEVICE).bfloat16(), torch.ones(shape.k, device=DEVICE).bfloat16()
     outs = shape.n // 2 if shape.is_gated else shape.n
     out = torch.zeros(m, outs, device=DEVICE, dtype=torch.float32 if shape.is_wide else torch.bfloat16)
     return {
         "n": shape.n, "k": shape.k, "m": m,
-        "us": graph_time_us(lambda: [multiply(shape, x, w, gamma, out) for w in weights] and None, len(weights)),
-        "floor_us": shape.num_bytes / bandwidth * 1e6,
-        "cublas_us": graph_time_us(lambda: [library(shape, x, w, out) for w in weights] and None, len(weights)),
+        "us": replay_us([lambda w=w: multiply(shape, x, w, gamma, out) for w in weights]),
+        "floor_us": shape.floor_us(m, limits),
+        "cublas_us": replay_us([lambda w=w: library(shape, x, w, out) for w in weights]),
     }  # fmt: skip
 
 
-def measure_chain(name: str, m: int, bandwidth: float) -> dict[str, object]:
+def measure_chain(name: str, m: int, limits: Limits) -> dict[str, object]:
     """Microseconds of the products of one layer in a chain of layers."""
     shapes, count = LAYERS[name]
     layers = [[make_weight(shape) for shape in shapes] for _ in range(count)]
@@ -163,13 +144,12 @@ def measure_chain(name: str, m: int, bandwidth: float) -> dict[str, object]:
     wide, inner = (torch.zeros(m, size, device=DEVICE).bfloat16() for size in (qkv, shapes[3].k))
     steps = list(zip(shapes, (h, wide[:, :hidden], h, inner), (wide, h, inner, h), strict=True))
 
-    def run(own: bool) -> None:
-        for weights in layers:
-            for (shape, x, out), w in zip(steps, weights, strict=True):
-                multiply(shape, x, w, gamma, out) if own else library(shape, x, w, out)
+    def run(weights: list[Tensor], own: bool) -> None:
+        for (shape, x, out), w in zip(steps, weights, strict=True):
+            multiply(shape, x, w, gamma, out) if own else library(shape, x, w, out)
 
-    floor = sum(shape.num_bytes for shape in shapes) / bandwidth * 1e6
-    us, cublas = (graph_time_us(lambda own=own: run(own), count) for own in (True, False))
+    floor = sum(shape.floor_us(m, limits) for shape in shapes)
+    us, cublas = (replay_us([lambda ws=ws, own=own: run(ws, own) for ws in layers]) for own in (True, False))
     return {"layer": name, "m": m, "us": us, "floor_us": floor, "cublas_us": cublas}
 
 
@@ -179,18 +159,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
-    bandwidth = measure_read_bandwidth(DEVICE)
+    limits = Limits.measure()
     worst = max((check(number) for number in range(args.checks)), default=0.0)
     print(f"{args.checks} checks fine, worst error {worst:.1e}")
     rows: list[dict[str, float]] = []
     for m in args.tokens:
-        rows += [measure_chain(name, m, bandwidth) for name in LAYERS]
-        rows += [measure_single(shape, m, bandwidth) for shapes, _ in LAYERS.values() for shape in shapes]
-        rows += [measure_single(shape, m, bandwidth) for shape in HEADS]
+        rows += [measure_chain(name, m, limits) for name in LAYERS]
+        rows += [measure_single(shape, m, limits) for shapes, _ in LAYERS.values() for shape in shapes]
+        rows += [measure_single(shape, m, limits) for shape in HEADS]
     for row in rows:
         show(row)
-    if args.out:
-        args.out.write_text(json.dumps({"bandwidth": bandwidth, "rows": rows}))
+    write(args.out, limits, rows)
 
 
 if __name__ == "__main__":

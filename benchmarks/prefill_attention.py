@@ -1,33 +1,31 @@
-"""Attention of prompts on a Hopper GPU: this project's kernel beside torch's FlashAttention-2 and cuDNN's, in one table.
+"""Attention of prompts on a Hopper GPU: this project's kernels beside torch's FlashAttention-2 and cuDNN's, in one table.
 
     python -m benchmarks.prefill_attention --out prefill.json
 
-Times are of launches inside CUDA graphs, the kernels in turn, each the median of its rounds: under this load the card
-lowers its clock, and whoever comes first would look better. TFLOP/s count the products that a causal mask leaves; the floor
-is those at 800 TFLOP/s (one H100). FlashAttention-2 and cuDNN read keys and values in runs, the own kernel blocks of 64 tokens.
+TFLOP/s count the products that a causal mask leaves; the floor is those at the rate of a large product. FlashAttention-2 and
+cuDNN read keys and values in runs, the others blocks of 64 tokens: "own" the kernel of the usual forms, "Triton" the one that
+does what it lacks, "int8" FlashAttention-2 behind a copy of a quantized cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.decode_attention import BLOCK_SIZE, make_layers
+from benchmarks.gpu import DEVICE, Limits, replays_us, write
 from lmdeploy.kernels.cuda import prefill_attention as own
 from lmdeploy.kernels.spec import AttentionSpec
+from lmdeploy.kernels.triton.prefill_attention import prefill_attention
 from tests.kernels.triton.steps import make_spec
 
-CUDA = torch.device("cuda")
-PEAK_FLOPS = 800e12
-BLOCK_SIZE, ROUNDS = 64, 11
 SHAPES = ((32, 8, 128), (12, 2, 128), (32, 8, 64))
 WORK = {  # new tokens and context of each request
     "8 x 4096": ([4096] * 8, [4096] * 8),
@@ -51,22 +49,23 @@ def launches(query_lens: list[int], context_lens: list[int], spec: AttentionSpec
     """The same work for every kernel that can do it."""
     dtype, kv_heads, dim = torch.bfloat16, spec.num_kv_heads, spec.head_dim
     counts = [-(-n // BLOCK_SIZE) for n in context_lens]
-    cache = torch.randn(sum(counts), 2, kv_heads, BLOCK_SIZE, dim, device=CUDA, dtype=dtype)
-    order = torch.randperm(sum(counts), device=CUDA).int()
-    tables = torch.zeros(len(counts), max(counts), dtype=torch.int32, device=CUDA)
+    plain, quantized = (make_layers(1, sum(counts), spec, bits)[0] for bits in (16, 8))
+    order = torch.randperm(sum(counts), device=DEVICE).int()
+    tables = torch.zeros(len(counts), max(counts), dtype=torch.int32, device=DEVICE)
     for row, ids in enumerate(order.split(counts)):
         tables[row, : len(ids)] = ids
-    q = torch.randn(sum(query_lens), spec.num_heads, dim, device=CUDA, dtype=dtype)
-    k, v = torch.randn(2, sum(context_lens), kv_heads, dim, device=CUDA, dtype=dtype)
+    q = torch.randn(sum(query_lens), spec.num_heads, dim, device=DEVICE, dtype=dtype)
+    k, v = torch.randn(2, sum(context_lens), kv_heads, dim, device=DEVICE, dtype=dtype)
     starts_q, starts_k = (
-        torch.tensor([0, *n], device=CUDA).cumsum(0, dtype=torch.int32) for n in (query_lens, context_lens)
+        torch.tensor([0, *n], device=DEVICE).cumsum(0, dtype=torch.int32) for n in (query_lens, context_lens)
     )
-    lengths = torch.tensor(context_lens, dtype=torch.int32, device=CUDA)
+    lengths = torch.tensor(context_lens, dtype=torch.int32, device=DEVICE)
     sizes = (max(query_lens), max(context_lens))
+    ragged = (starts_q, tables, lengths, *sizes, sum(context_lens), spec)
     found: dict[str, Launch] = {
-        "own": lambda: own.prefill_attention(
-            q, cache[:, 0], cache[:, 1], None, starts_q, tables, lengths, sizes[0], spec, dtype=dtype
-        ),
+        "own": lambda: own.prefill_attention(q, *plain, None, starts_q, tables, lengths, sizes[0], spec, dtype=dtype),
+        "Triton": lambda: prefill_attention(q, *plain, *ragged, may_use_torch=False),
+        "int8": partial(prefill_attention, q.half(), *quantized, *ragged, cu_seqlens_k=starts_k, dtype=dtype),
         "FA2": lambda: torch.ops.aten._flash_attention_forward(
             q, k, v, starts_q, starts_k, *sizes, 0.0, True, False, scale=spec.scale
         )[0],
@@ -85,46 +84,23 @@ def launches(query_lens: list[int], context_lens: list[int], spec: AttentionSpec
     return found
 
 
-def microseconds(kernels: dict[str, Launch], times: int) -> dict[str, float]:
-    """Of one launch of each, in random turns."""
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    for name, launch in kernels.items():
-        launch()
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for _ in range(times):
-                launch()
-        graphs[name].replay()
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(ROUNDS):
-        for name in random.Random(turn).sample(list(graphs), len(graphs)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graphs[name].replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e3 / times)
-    return {name: median(found) for name, found in samples.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    limits = Limits.measure()
     rows: list[dict[str, Any]] = []
     print("heads     work                     floor us | us and TFLOP/s of each")
     for shape in SHAPES:
         spec = make_spec(*shape)
         for name, work in WORK.items():
             flops = flops_of(*work, spec)
-            found = microseconds(launches(*work, spec), 4 if flops > 1e11 else 20)
-            floor = flops / PEAK_FLOPS * 1e6
+            found = replays_us({kernel: [launch] for kernel, launch in launches(*work, spec).items()})
+            floor = limits.floor_us(0, flops)
             rows.append({"shape": shape, "work": name, "floor_us": floor, "us": found})
             cells = " | ".join(f"{kernel} {us:7.1f} {flops / us / 1e6:4.0f}" for kernel, us in found.items())
             print(f"{shape[0]:2}/{shape[1]}x{shape[2]:<3} {name:24} {floor:8.1f} | {cells}", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    write(options.out, limits, rows)
 
 
 if __name__ == "__main__":

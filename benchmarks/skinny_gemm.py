@@ -2,35 +2,32 @@
 
     python -m benchmarks.skinny_gemm --out FOLDER [--tune SECONDS]
 
-Times are replays of CUDA graphs over weights that exceed the L2 cache. The floor is the weight's bytes at the bandwidth
-that a large read reaches here. `--tune` searches tilings and writes FOLDER/tilings.json in the form that
-lmdeploy/kernels/cuda/tilings_*.json have.
+Times are replays of CUDA graphs over weights that exceed the L2 cache, floors those of benchmarks/gpu.py. `--tune` searches
+tilings and writes FOLDER/tilings.json in the form that lmdeploy/kernels/cuda/tilings_*.json have.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
-from lmdeploy.bench.roofline import measure_read_bandwidth
+from benchmarks.gpu import DEVICE, Limits, copies_for, guarded, replay_us, show, write, write_tilings
 from lmdeploy.kernels.cuda import skinny_gemm as sg
+from lmdeploy.kernels.cuda.epilogue import ACTIVATIONS, GATED, Epilogue
 from lmdeploy.kernels.cuda.nvrtc import KernelError, cubin
 from lmdeploy.kernels.reference.basic import gated_activation, rms_norm
 from lmdeploy.quantization.packing import AffineTensor
 
-DEVICE = torch.device("cuda")
 # (n, k, gated) of InternLM2-7B and Qwen2.5-1.5B: qkv, o, gate and up, down.
 SHAPES = [(6144, 4096, 0), (4096, 4096, 0), (28672, 4096, 1), (4096, 14336, 0)]
 SHAPES += [(2048, 1536, 0), (1536, 1536, 0), (17920, 1536, 1), (1536, 8960, 0)]
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-_ROTATED_BYTES = 200 << 20
 
 
 def make_weight(n: int, k: int, group: int = 128, zeros: bool = True):
@@ -40,6 +37,17 @@ def make_weight(n: int, k: int, group: int = 128, zeros: bool = True):
     z = torch.randint(0, 16, (n, k // group), dtype=torch.uint8, device=DEVICE)
     mins = -z.float() * scales if zeros else (-7.5 * scales).half().float()
     return sg.pack(q, scales, mins, z if zeros else None), AffineTensor(q, scales, mins, 4).dequantize(torch.float32)
+
+
+def make_weights(n: int, k: int) -> list[sg.Weight]:
+    """As many of one shape as exceed the L2 cache."""
+    first, _ = make_weight(n, k)
+    return [first] + [sg.Weight(first.data.clone(), n, k) for _ in range(copies_for(first.data.nbytes) - 1)]
+
+
+def floor_us(w: sg.Weight, m: int, limits: Limits) -> float:
+    """Of a product of m tokens."""
+    return limits.floor_us(w.data.nbytes, 2.0 * m * w.n * w.k)
 
 
 def check(number: int) -> float:
@@ -57,7 +65,7 @@ def check(number: int) -> float:
     norm = (torch.rand(k, device=DEVICE) + 0.5).to(dtype) if m <= 8 and draw.random() < 0.5 else None
     bias = torch.randn(n, device=DEVICE).to(dtype) if draw.random() < 0.4 else None
     residual = torch.randn(m, n, device=DEVICE).to(dtype) if not gated and draw.random() < 0.4 else None
-    activation = draw.choice(sg.ACTIVATIONS) if gated else None
+    activation = draw.choice(ACTIVATIONS) if gated else None
     out_dtype = torch.float32 if draw.random() < 0.2 else None
     offset = draw.choice((0.0, 1.0))
     wide = x.double() if norm is None else rms_norm(x.float(), norm.float(), 1e-5, offset).double()
@@ -70,14 +78,10 @@ def check(number: int) -> float:
     arguments = {"bias": bias, "residual": residual, "activation": activation, "out_dtype": out_dtype, "tiling": tiling}
     if norm is not None:
         arguments.update(norm_weight=norm, norm_eps=1e-5, norm_offset=offset)
-    outs = []
-    for _ in range(2):
-        guarded = torch.full((m + 2, n // 2 if gated else n), float("nan"), device=DEVICE, dtype=out_dtype or dtype)
-        sg.skinny_gemm(x, w, out=guarded[1:-1], **arguments)
-        torch.cuda.synchronize()
-        assert guarded[0].isnan().all(), "wrote before the result"
-        assert guarded[-1].isnan().all(), "wrote behind the result"
-        outs.append(guarded[1:-1])
+    outs = [
+        guarded(expected.shape, out_dtype or dtype, lambda out: sg.skinny_gemm(x, w, out=out, **arguments))
+        for _ in range(2)
+    ]
     assert torch.equal(*outs), "not deterministic"
     error = ((outs[0].double() - expected).norm() / expected.norm()).item()
     case = f"{number}: {dtype} m {m} n {n} k {k} group {group} zeros {zeros} {tiling} {arguments.keys()}"
@@ -116,28 +120,6 @@ def candidates(n: int, k: int, m: int, unit: int, gated: bool, norm: bool, count
     return found
 
 
-def graph_time_us(work: Callable[[], None], calls: int, repeats: int = 9) -> float:
-    """Median time of one of `calls` calls inside a replayed graph."""
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[repeats // 2] * 1e3 / calls
-
-
 def measure(
     weights: list[sg.Weight], m: int, gated: bool, norm: bool, residual: bool, tiling: sg.Tiling | None
 ) -> float:
@@ -145,30 +127,16 @@ def measure(
     x = torch.randn(m, k, device=DEVICE).bfloat16()
     out = torch.zeros(m, n // 2 if gated else n, device=DEVICE, dtype=torch.bfloat16)
     more = {"norm_weight": torch.ones(k, device=DEVICE).bfloat16(), "norm_eps": 1e-5} if norm and m <= 8 else {}
-
-    def work() -> None:
-        for w in weights:
-            sg.skinny_gemm(
-                x,
-                w,
-                activation="silu" if gated else None,
-                residual=out if residual else None,
-                out=out,
-                tiling=tiling,
-                **more,
-            )
-
-    return graph_time_us(work, len(weights))
+    more |= {"activation": "silu" if gated else None, "residual": out if residual else None}
+    return replay_us([lambda w=w: sg.skinny_gemm(x, w, out=out, tiling=tiling, **more) for w in weights])
 
 
 def build(w: sg.Weight, m: int, gated: bool, norm: bool, residual: bool, tilings: list[sg.Tiling]) -> list[sg.Tiling]:
     """Compile in parallel; those that compile."""
 
     def one(tiling: sg.Tiling) -> bool:
-        epilogue = 2 if gated else int(residual)
-        variant = sg.choose_variant(
-            w, m, torch.bfloat16, epilogue, "silu" if gated else None, False, norm and m <= 8, 0.0, False, tiling
-        )
+        epilogue = Epilogue(is_half=False, out_float=False, kind=GATED if gated else int(residual))
+        variant = sg.choose_variant(w, m, epilogue, norm and m <= 8, 0.0, tiling)
         try:
             cubin("skinny_gemm.cu", variant.macros(True), sg.arch())
         except KernelError:
@@ -186,9 +154,7 @@ class Case:
         n, k, gated = shape
         self.n, self.k, self.m, self.gated = n, k, m, bool(gated)
         self.norm, self.residual = n in (6144, 2048, 28672, 17920), n in (4096, 1536)
-        first, _ = make_weight(n, k)
-        count = max(1, -(-_ROTATED_BYTES // first.data.nbytes))
-        self.weights = [first] + [sg.Weight(first.data.clone(), n, k) for _ in range(count - 1)]
+        self.weights = make_weights(n, k)
 
     @property
     def name(self) -> str:
@@ -235,32 +201,6 @@ def run_checks(count: int) -> list[str]:
     return failures
 
 
-def show(row: dict[str, float]) -> None:
-    values = (f"{name}={value:.2f}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items())
-    print(" ".join(values), flush=True)
-
-
-def write(folder: Path, results: dict[str, object], tilings: dict[str, sg.Tiling]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "skinny_gemm.json").write_text(json.dumps(results))
-    numbers = {
-        name: [
-            t.row_tiles,
-            t.warps_n,
-            t.warps_k,
-            t.stages,
-            t.cluster,
-            t.row_blocks,
-            t.blocks_per_sm,
-            t.x_stages,
-            t.trigger,
-        ]
-        for name, t in tilings.items()
-    }
-    body = ",\n".join(f' "{name}": {json.dumps(values)}' for name, values in numbers.items())
-    (folder / "tilings.json").write_text("{\n" + body + "\n}\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -268,7 +208,7 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=150)
     parser.add_argument("--tokens", type=int, nargs="*", help="only these M")
     args = parser.parse_args()
-    bandwidth = measure_read_bandwidth(DEVICE)
+    limits = Limits.measure()
     failures = run_checks(args.checks)
     if failures and args.tune == 0:
         raise SystemExit(1)
@@ -279,7 +219,7 @@ def main() -> None:
     for index, job in enumerate(jobs):
         case = Case(*job)
         row = {"n": case.n, "k": case.k, "m": case.m, "us": case.measure()}
-        row["floor_us"] = case.weights[0].data.nbytes / bandwidth * 1e6
+        row["floor_us"] = floor_us(case.weights[0], case.m, limits)
         tilings[case.name] = case.default_tiling()
         left = deadline - time.monotonic()
         if args.tune and left > 0:
@@ -288,7 +228,8 @@ def main() -> None:
         rows.append(row)
         show(row)
         del case  # its memory, before the next one's
-    write(args.out, {"bandwidth": bandwidth, "rows": rows, "failures": failures}, tilings)
+    write(args.out / "skinny_gemm.json", limits, rows, failures=failures)
+    write_tilings(args.out / "tilings.json", {name: astuple(tiling) for name, tiling in tilings.items()})
 
 
 if __name__ == "__main__":

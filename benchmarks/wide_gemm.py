@@ -2,16 +2,14 @@
 
     python -m benchmarks.wide_gemm --out FOLDER [--tune]
 
-Times are replays of CUDA graphs over weights that exceed the L2 cache, in microseconds. The floor is the larger of two
-times: the weight's bytes at the bandwidth that a large read reaches here, and its arithmetic at what a large product
-reaches. `--tune` tries every tiling that fits with 64 tokens and writes FOLDER/wide_tilings.json in the form of
+Times are replays of CUDA graphs over weights that exceed the L2 cache, floors those of benchmarks/gpu.py, in microseconds.
+`--tune` tries every tiling that fits with 64 tokens and writes FOLDER/wide_tilings.json in the form of
 lmdeploy/kernels/cuda/wide_tilings_*.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.skinny_gemm import DEVICE, SHAPES, graph_time_us, make_weight
-from lmdeploy.bench.roofline import measure_read_bandwidth
+from benchmarks.gpu import DEVICE, Limits, replay_us, show, write, write_tilings
+from benchmarks.skinny_gemm import SHAPES, floor_us, make_weights
 from lmdeploy.kernels import gated_activation
 from lmdeploy.kernels.cuda import nvrtc, skinny_gemm, wide_gemm
+from lmdeploy.kernels.cuda.epilogue import GATED, Epilogue
 from lmdeploy.kernels.cuda.skinny_gemm import Weight
 from lmdeploy.kernels.cuda.wide_gemm import Tiling
 
 TOKENS = (16, 32, 64)
-_ROTATED_BYTES = 160 << 20
 
 
 class Case:
@@ -36,9 +34,7 @@ class Case:
 
     def __init__(self, shape: tuple[int, int, int], m: int) -> None:
         self.n, self.k, self.m, self.is_gated = shape[0], shape[1], m, bool(shape[2])
-        first, _ = make_weight(self.n, self.k)
-        count = max(2, -(-_ROTATED_BYTES // first.data.nbytes))
-        self.weights = [first] + [Weight(first.data.clone(), self.n, self.k) for _ in range(count - 1)]
+        self.weights = make_weights(self.n, self.k)
         self.x = torch.randn(m, self.k, device=DEVICE).bfloat16()
         residual = torch.zeros(m, self.n, device=DEVICE).bfloat16() if self.n in (4096, 1536) else None
         self.more = {
@@ -59,22 +55,22 @@ class Case:
         return skinny_gemm.skinny_gemm(self.x, w, **self.more)
 
     def time(self, product: Callable[[Weight], object]) -> float:
-        return graph_time_us(lambda: [product(w) for w in self.weights] and None, len(self.weights))
+        return replay_us([lambda w=w: product(w) for w in self.weights])
 
     def time_copy(self) -> float:
         """cuBLAS over 16-bit copies, and the gated activation behind it."""
         copies = [skinny_gemm.dequantize(w, torch.bfloat16) for w in self.weights[:4]]
 
-        def work() -> None:
-            for copy in copies:
-                if self.more["residual"] is not None:
-                    self.more["residual"].addmm_(self.x, copy.T)
-                elif self.is_gated:
-                    gated_activation(self.x @ copy.T, "silu")
-                else:
-                    F.linear(self.x, copy, self.more["bias"])
+        def product(copy: Tensor) -> Tensor:
+            if self.more["residual"] is not None:
+                return self.more["residual"].addmm_(self.x, copy.T)
+            return (
+                gated_activation(self.x @ copy.T, "silu")
+                if self.is_gated
+                else F.linear(self.x, copy, self.more["bias"])
+            )
 
-        return graph_time_us(work, len(copies))
+        return replay_us([lambda copy=copy: product(copy) for copy in copies])
 
     def tune(self) -> tuple[float, Tiling]:
         """The shortest time, and its tiling."""
@@ -87,18 +83,10 @@ class Case:
         return shortest, tried[number]
 
     def _compile(self, tiling: Tiling) -> None:
-        epilogue = 2 if self.is_gated else int(self.more["residual"] is not None)
-        variant = wide_gemm.choose_variant(
-            self.weights[0], wide_gemm.tokens_of(self.m), torch.bfloat16, epilogue, self.more["activation"],
-            self.more["bias"] is not None, out_float=False, tiling=tiling,
-        )  # fmt: skip
+        kind = GATED if self.is_gated else int(self.more["residual"] is not None)
+        epilogue = Epilogue(is_half=False, out_float=False, kind=kind, has_bias=self.more["bias"] is not None)
+        variant = wide_gemm.choose_variant(self.weights[0], wide_gemm.tokens_of(self.m), epilogue, tiling)
         nvrtc.cubin("wide_gemm.cu", variant.macros(), "sm_90a")
-
-
-def measure_flops() -> float:
-    """Of a large product of 16-bit matrices, per second."""
-    a = torch.randn(8192, 8192, device=DEVICE).bfloat16()
-    return 2 * 8192**3 / (graph_time_us(lambda: [a @ a for _ in range(4)] and None, 4) * 1e-6)
 
 
 def main() -> None:
@@ -107,25 +95,22 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     args = parser.parse_args()
-    bandwidth, flops = measure_read_bandwidth(DEVICE), measure_flops()
+    limits = Limits.measure()
     rows, tilings = [], {}
     for shape in SHAPES:
         for m in args.tokens:
             case = Case(shape, m)
-            data = case.weights[0].data
             row = {"n": case.n, "k": case.k, "m": m, "wide": case.time(case.wide), "skinny": case.time(case.skinny)}
             row["cublas_on_copy"] = case.time_copy()
-            row["floor"] = 1e6 * max(data.nbytes / bandwidth, 2 * m * case.n * case.k / flops)
+            row["floor"] = floor_us(case.weights[0], m, limits)
             if args.tune and m == wide_gemm.MAX_TOKENS:
                 row["tuned"], tiling = case.tune()
                 tilings[case.name] = list(vars(tiling).values())
             rows.append(row)
-            print(" ".join(f"{key} {value:.1f}" if value % 1 else f"{key} {value:.0f}" for key, value in row.items()))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "wide_gemm.json").write_text(json.dumps({"bandwidth": bandwidth, "flops": flops, "rows": rows}))
+            show(row)
+    write(args.out / "wide_gemm.json", limits, rows)
     if args.tune:
-        body = ",\n".join(f' "{name}": {json.dumps(values)}' for name, values in tilings.items())
-        (args.out / "wide_tilings.json").write_text("{\n" + body + "\n}\n")
+        write_tilings(args.out / "wide_tilings.json", tilings)
 
 
 if __name__ == "__main__":
