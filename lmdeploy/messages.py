@@ -108,8 +108,8 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
 class PublicConfig:
     """The settings that LMDeploy's two engines name alike. One engine serves both; `engine/config.py` says what applies.
 
-    cache_max_entry_count: a float in (0, 1) is the share of memory, free after weights and the largest activation, that
-    the KV blocks may take; an int is a number of blocks. quant_policy: the KV cache in 16 bits (0 or "none"),
+    cache_max_entry_count: a float in (0, 1) is the share of the memory left free by the weights that the KV blocks take;
+    an int is a number of blocks. quant_policy: the KV cache in 16 bits (0 or "none"),
     8 ("int8"), 4 ("int4"), keys in 8 and values in 4 ("k8v4"), or 8-bit floats (16 or "fp8", 17 or "fp8_e5m2").
     deterministic: an answer does not depend, to the bit, on what else is computed at the same time.
     """

@@ -52,6 +52,10 @@ class Engine:
         if config.deterministic:
             from lmdeploy.kernels import invariant
 
+            if (config.max_batch_size or 0) > invariant.MAX_ROWS:
+                raise ConfigError(
+                    f"max_batch_size={config.max_batch_size}: with deterministic give at most {invariant.MAX_ROWS}"
+                )
             invariant.enable()
         self.asleep: set[str] = set()
         self.resting_model: CausalLM | None = None
@@ -61,7 +65,6 @@ class Engine:
         self._has_gpu_kernels = device.type == "cuda" and has_gpu_kernels() and model.dtype != torch.float32
         # Twins hold the scores of all new tokens and their context at once, on a GPU as well.
         max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP["cuda" if self._has_gpu_kernels else "cpu"]
-        max_tokens = max(max_tokens, max_batch_size)
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
         self._max_batch_size = max_batch_size = self.plan.max_batch_size
         self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
@@ -84,7 +87,7 @@ class Engine:
             device=str(device),
             vocab_size=model.config.vocab_size,
             session_len=self.plan.session_len,
-            max_batch_size=max_batch_size,
+            max_batch_size=config.max_batch_size or max_batch_size,
             num_blocks=self.plan.num_blocks,
             block_size=config.block_size,
             weight_bytes=self.plan.weight_bytes,

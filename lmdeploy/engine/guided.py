@@ -21,6 +21,7 @@ from torch import Tensor
 from lmdeploy.engine.request import Request
 from lmdeploy.engine.state import RequestState
 from lmdeploy.errors import InvalidGrammar
+from lmdeploy.kernels import apply_bitmask
 
 # A state of the lexer takes up to 2 kB and a mask of 10,000 items about half a millisecond: what one request may cost.
 LIMITS = LLParserLimits(
@@ -156,15 +157,8 @@ def apply_grammars(logits: Tensor, states: Sequence[RequestState]) -> None:
     words = -(-logits.shape[1] // 32)
     masks = torch.zeros(len(guided), words, dtype=torch.int32, pin_memory=logits.is_cuda)
     _fill(masks, [matcher for _, matcher in guided])
-    rows = torch.tensor([row for row, _ in guided]).to(logits.device, non_blocking=True)
-    allowed = unpack_mask(masks.to(logits.device, non_blocking=True), logits.shape[1])
-    logits[rows] = logits[rows].where(allowed, float("-inf"))
-
-
-def unpack_mask(mask: Tensor, vocab_size: int) -> Tensor:
-    """[R, ceil(V/32)] int32, token 0 in the lowest bit of the first word, as [R, V] bool."""
-    shifts = torch.arange(32, dtype=torch.int32, device=mask.device)
-    return ((mask[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :vocab_size]
+    rows = torch.tensor([row for row, _ in guided], pin_memory=logits.is_cuda)
+    apply_bitmask(logits, *(part.to(logits.device, non_blocking=True) for part in (masks, rows)))
 
 
 def _fill(masks: Tensor, matchers: Sequence[Matcher]) -> None:

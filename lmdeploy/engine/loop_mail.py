@@ -23,7 +23,7 @@ class LoopMail:
     def put(self, inbox: Inbox, output: RequestOutput) -> None:
         """From any thread. Raises RuntimeError if the loop is closed."""
         self._waiting.append((inbox, output))
-        if not self._is_due:
+        if not self._is_due or self.loop.is_closed():  # a closed loop never takes the turn that is due
             self._is_due = True
             try:
                 self.loop.call_soon_threadsafe(self._hand_out)

@@ -100,9 +100,11 @@ def plan_memory(
     if share is None:
         num_blocks = min(num_blocks, max(max_batch_size * -(-session_len // config.block_size), _MIN_BLOCKS))
     max_batch_size = min(max_batch_size, max(num_blocks, 1))
-    if config.max_prefill_token_num is None:
-        # A small pool: prompts in more steps rather than steps that take more than the pool.
-        blocks = int(_STEP_SHARE * num_blocks * block_bytes) // (activation_bytes(model, dtype, 1, 0) * config.block_size)
+    if config.max_prefill_token_num is None and share is not None and share < 1:
+        # A small share asks for little memory: prompts in more steps rather than steps that take more than the pool. A pool
+        # that is small because the batch is says nothing of the kind.
+        of_block = activation_bytes(model, dtype, config.block_size, 0)
+        blocks = int(_STEP_SHARE * num_blocks * block_bytes) // of_block
         max_tokens_per_step = min(max_tokens_per_step, (blocks + 1) * config.block_size)
     max_tokens_per_step = max(max_tokens_per_step, max_batch_size)
     activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size) + buffer_bytes
@@ -124,7 +126,7 @@ def plan_memory(
         session_len = tokens
     sizes = (session_len, max_batch_size, max_tokens_per_step)
     blocks_taken = (block_bytes, num_blocks, config.block_size)
-    return MemoryPlan(total, total - free, weight_bytes, activations, *blocks_taken, *sizes, copies)
+    return MemoryPlan(total, max(total - free, 0), weight_bytes, activations, *blocks_taken, *sizes, copies)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from lmdeploy.errors import InvalidParameter, PromptTooLong
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine's numbers, fixed once it has started. memory_plan: rows of (name, value) to print."""
+    """An engine's numbers, fixed once it has started. max_batch_size: as asked for, if it was, though no more requests run
+    than there are blocks. memory_plan: rows of (name, value) to print."""
 
     architecture: str
     dtype: str

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.control import Order, Sleep, Wake
 from lmdeploy.engine.core import Engine
 from lmdeploy.engine.request import Request, RequestOutput, SamplingParams
 from lmdeploy.kernels import cpu
@@ -96,3 +99,18 @@ def test_what_another_thread_computes_is_not_recorded() -> None:
     assert len(recorder.calls) == 1
     cpu.rms_norm(x, weight, 1e-5)
     assert len(recorder.calls) == 1
+
+
+def test_a_recording_goes_with_the_cache_that_it_names(builtin_model: Path) -> None:
+    config = EngineConfig(device="cpu", session_len=64, max_batch_size=2, block_size=16)
+    engine = Engine(builtin_model, config)
+    before = run(engine, [greedy("a", [100, 200, 300], 20)])["a"].token_ids
+    recorded = weakref.ref(engine.runner._tapes._of_size[1])  # type: ignore[union-attr]
+    for level in (1, 2):
+        Order(Sleep(level)).run(engine)
+        gc.collect()
+        assert recorded() is None
+        Order(Wake()).run(engine)
+        assert run(engine, [greedy("a", [100, 200, 300], 20)])["a"].token_ids == before
+        recorded = weakref.ref(engine.runner._tapes._of_size[1])  # type: ignore[union-attr]
+    engine.close()

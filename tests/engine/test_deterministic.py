@@ -13,6 +13,7 @@ from torch import Tensor
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.core import Engine
 from lmdeploy.engine.request import Request, SamplingParams
+from lmdeploy.errors import ConfigError
 from tests.tiny_model import make_tiny_llama
 
 ANSWER = 36
@@ -108,3 +109,8 @@ def test_preempted_requests_and_reused_prefixes_do_too(
         assert outputs[-1].cached_tokens == 64  # a whole piece, not all of its blocks
     finally:
         engine.close()
+
+
+def test_a_batch_that_is_too_large_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_batch_size=257: with deterministic give at most 256"):
+        make_engine(folder, max_batch_size=257)

@@ -18,12 +18,13 @@ from llguidance import LLMatcher
 from lmdeploy.engine.client import EngineClient, ThreadClient
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.core import Engine
-from lmdeploy.engine.guided import GrammarCompiler, GuidedVocabulary, Matcher, apply_grammars, unpack_mask
+from lmdeploy.engine.guided import GrammarCompiler, GuidedVocabulary, Matcher, apply_grammars
 from lmdeploy.engine.process import ProcessClient
 from lmdeploy.engine.request import Request, RequestOutput
 from lmdeploy.engine.state import RequestState
 from lmdeploy.errors import InvalidGrammar, InvalidParameter
 from lmdeploy.grammar import grammar_of
+from lmdeploy.kernels import apply_bitmask
 from lmdeploy.tokenizer import Tokenizer
 from tests.engine.driver import greedy, join, make_engine
 
@@ -76,8 +77,10 @@ def test_a_mask_is_read_bit_by_bit() -> None:
     words = [
         [sum(int(row[32 * w + b]) << b for b in range(32) if 32 * w + b < 100) for w in range(4)] for row in numbers
     ]
-    mask = torch.tensor(words, dtype=torch.int64).to(torch.int32)
-    assert torch.equal(unpack_mask(mask, 100), numbers)
+    logits = torch.ones(5, 100)
+    apply_bitmask(logits, torch.tensor(words, dtype=torch.int64).to(torch.int32), torch.tensor([4, 0, 2]))
+    assert torch.equal(logits[[4, 0, 2]], torch.where(numbers, 1.0, -torch.inf))
+    assert torch.equal(logits[[1, 3]], torch.ones(2, 100))
 
 
 def test_only_rows_with_a_grammar_are_masked(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

@@ -56,9 +56,12 @@ def test_what_comes_together_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch
     assert asyncio.run(main()) == 2
 
 
-def test_a_closed_loop_is_told_every_time() -> None:
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_a_closed_loop_is_told_every_time(is_waiting: bool) -> None:
     loop = asyncio.new_event_loop()
     mail, inbox = LoopMail(loop), asyncio.Queue[RequestOutput]()
+    if is_waiting:
+        mail.put(inbox, RequestOutput("q"))
     loop.close()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="closed"):

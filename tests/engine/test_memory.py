@@ -95,6 +95,16 @@ def test_a_small_pool_bounds_steps_and_batches(internlm2: ModelConfig, monkeypat
     assert activation_bytes(internlm2, torch.bfloat16, made.max_tokens_per_step - 64, 0) < made.cache_bytes / 8
 
 
+@pytest.mark.parametrize("share", [None, 33])
+def test_a_pool_for_few_requests_leaves_prompts_whole(
+    internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch, share: float | None
+) -> None:
+    see(monkeypatch, 40960 * MIB, WEIGHTS)
+    made = plan(internlm2, share, WEIGHTS, max_batch_size=1, session_len=2048)
+    assert made.cache_tokens in (2048, 2112)
+    assert made.max_tokens_per_step == 8192
+
+
 def test_a_pool_shrinks_where_the_largest_step_would_not_fit(
     internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdeploy.engine.apart import ApartScheduler
 from lmdeploy.engine.block_manager import BlockManager, root_hash
 from lmdeploy.engine.repeat import RepeatingScheduler
 from lmdeploy.engine.request import Request, SamplingParams
@@ -80,7 +81,7 @@ prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_siz
     steps_in_flight=st.integers(1, 3),
     caching=st.booleans(),
     abort_at=st.integers(0, 12),
-    scheduler_class=st.sampled_from((Scheduler, RepeatingScheduler)),
+    scheduler_class=st.sampled_from((Scheduler, RepeatingScheduler, ApartScheduler)),
 )
 def test_any_schedule_gives_the_answers_of_one_by_one(
     prompts: list[list[int]],

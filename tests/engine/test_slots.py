@@ -7,6 +7,7 @@ samples a token that only its history decides, so that a wrong line, block or to
 from __future__ import annotations
 
 from collections import Counter, deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,16 +73,23 @@ class Device:
 
 
 def run_all(
-    prompts: list[list[int]], max_new: int, num_blocks: int, in_flight: int, caching: bool, eager_every: int
+    prompts: list[list[int]],
+    max_new: int,
+    num_blocks: int,
+    in_flight: int,
+    caching: bool,
+    eager_every: int,
+    abort_every: int = 1000,
+    **sampling: Any,
 ) -> tuple[list[RequestState], Device]:
-    """Run requests for the prompts, some of which join late, to their end."""
+    """Run requests for the prompts, some of which join late, to their end, or abort the oldest every so many steps."""
     blocks = BlockManager(num_blocks, BLOCK)
     scheduler = RepeatingScheduler(
         blocks, max_batch_size=BATCH, max_tokens_per_step=8, session_len=SESSION, enable_prefix_caching=caching
     )
     device, pending = Device(eager_every), deque[tuple[StepPlan, list[int | None]]]()
     states = [
-        RequestState(Request(str(i), prompt, SamplingParams(max_new_tokens=max_new + i)), 0, root_hash())
+        RequestState(Request(str(i), prompt, SamplingParams(max_new_tokens=max_new + i, **sampling)), 0, root_hash())
         for i, prompt in enumerate(prompts)
     ]
     late = states[2:]
@@ -90,6 +98,10 @@ def run_all(
     for step in range(600):
         if late and step % 5 == 4:
             scheduler.add(late.pop())
+        if step % abort_every == abort_every - 1 and scheduler.running:
+            aborted = scheduler.running[0]
+            scheduler.finish(aborted)
+            device.slots.forget(aborted.request_id)
         plan = scheduler.schedule() if len(pending) < in_flight else None
         if plan is not None:
             pending.append((plan, device.run(plan)))
@@ -110,16 +122,26 @@ def run_all(
     in_flight=st.integers(1, 3),
     caching=st.booleans(),
     eager_every=st.integers(2, 9),
+    abort_every=st.sampled_from((3, 11, 1000)),
+    stop_token_ids=st.sampled_from(((), (5, 11, 17, 23, 31, 47))),
 )
 def test_the_device_reads_what_the_scheduler_meant(
-    prompts: list[list[int]], max_new: int, num_blocks: int, in_flight: int, caching: bool, eager_every: int
+    prompts: list[list[int]],
+    max_new: int,
+    num_blocks: int,
+    in_flight: int,
+    caching: bool,
+    eager_every: int,
+    abort_every: int,
+    stop_token_ids: tuple[int, ...],
 ) -> None:
-    states, device = run_all(prompts, max_new, num_blocks, in_flight, caching, eager_every)
+    states, device = run_all(
+        prompts, max_new, num_blocks, in_flight, caching, eager_every, abort_every, stop_token_ids=stop_token_ids
+    )
     for state in states:
-        assert (
-            state.token_ids
-            == device.tokens[state.request_id][: len(state.prompt_ids) + state.request.sampling.max_new_tokens]
-        )
+        assert state.token_ids == device.tokens.get(state.request_id, state.prompt_ids)[: len(state.token_ids)]
+        if abort_every == 1000 and not stop_token_ids:
+            assert len(state.token_ids) == state.max_tokens
 
 
 def test_most_decode_steps_repeat_the_one_before() -> None:
