@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lmdeploy import GenerationConfig, Pipeline, TurbomindEngineConfig, pipeline
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.core import Engine
+from lmdeploy.engine.request import Request, SamplingParams
 
 DATA = Path(__file__).parent / "data"
 REFERENCE: dict[str, Any] = json.loads((DATA / "smollm2_reference.json").read_text(encoding="utf-8"))
@@ -49,3 +53,38 @@ def test_greedy_text_equals_transformers(builtin_model: Path) -> None:
     for response, answer in zip(responses, answers, strict=True):
         assert response.token_ids == answer["greedy"]
         assert response.text == answer["text"]
+
+
+def answers_and_logits(model: Path, dtype: str) -> list[tuple[list[int], torch.Tensor]]:
+    """Of each prompt the greedy answer, and the logits [64, V] along the reference's answer."""
+    engine = Engine(model, EngineConfig(dtype=dtype, session_len=1024, max_batch_size=16, cache_max_entry_count=200))
+    tokens: dict[str, list[int]] = {}
+    logits: dict[str, list[torch.Tensor]] = {}
+    for number, answer in enumerate(REFERENCE["answers"]):
+        path = answer["prompt_ids"] + answer["greedy"][:-1]
+        engine.add(Request(f"answer {number}", answer["prompt_ids"], SamplingParams(max_new_tokens=64)))
+        engine.add(Request(f"path {number}", path, SamplingParams(max_new_tokens=1, return_logits="all")))
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.logits is not None:
+                logits.setdefault(output.request_id, []).append(output.logits.float().cpu())
+    engine.close()
+    numbers = range(len(REFERENCE["answers"]))
+    return [(tokens[f"answer {number}"], torch.cat(logits[f"path {number}"])[-64:]) for number in numbers]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_on_a_gpu_follow_float32(builtin_model: Path, dtype: str) -> None:
+    """Along the reference's answers the logits are near, and an answer leaves the reference only where two tokens tie."""
+    exact, near = (answers_and_logits(builtin_model, name) for name in ("float32", dtype))
+    for answer, (own, theirs), (ours, nearly) in zip(REFERENCE["answers"], exact, near, strict=True):
+        assert own == answer["greedy"]
+        bound = float((nearly - theirs).abs().max())
+        assert bound < 3e-2 * float(theirs.abs().max())
+        first = next((at for at, pair in enumerate(zip(ours, own, strict=True)) if pair[0] != pair[1]), None)
+        if first is not None:
+            best = theirs[first].topk(2).values
+            assert float(best[0] - best[1]) < 2 * bound

@@ -183,3 +183,18 @@ def test_the_gated_mlp_takes_any_number_of_tokens(m: int) -> None:
     expected = hidden @ down.float().T + residual.float()
     out = dense.gated_mlp(x, gate_up, down, "silu", residual=residual)
     assert (out.float() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="there is no Hopper"
+)
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (1536, 8960)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_bits_do_not_depend_on_the_tile_of_tokens(n: int, k: int, activation: str | None) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(n, k, device="cuda") * k**-0.5).bfloat16()
+    x = torch.randn(128, k, device="cuda").bfloat16()
+    whole = tensor_gemm.tensor_gemm(x, weight, activation=activation)
+    for m in (1, 7, 16, 30, 64):
+        assert torch.equal(tensor_gemm.tensor_gemm(x[:m], weight, activation=activation), whole[:m])
