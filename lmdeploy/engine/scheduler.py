@@ -126,10 +126,7 @@ class Scheduler:
                 self._name_full_blocks(state, end)
             if reason is not None:
                 self.finish(state)
-            new = [] if token is None else [token]
-            outputs.append(
-                RequestOutput(state.request_id, new, reason, len(state.prompt_ids), state.num_cached_tokens or 0)
-            )
+            outputs.append(state.output([] if token is None else [token], reason))
         self._release_retired()
         return outputs
 

@@ -93,11 +93,6 @@ def dense_linear(
     rest.update(norm_weight=norm_weight, norm_eps=norm_eps, norm_offset=norm_offset)
     if cpu.can_run(x) and cpu.can_multiply_dense(weight, len(x)):
         return cpu.dense_linear(x, weight, **rest)
-    if cpu.can_run(x) and cpu.can_multiply_dense(weight, 1) and invariant.applies(len(x)):
-        return invariant.in_pieces(
-            lambda rows, addend: cpu.dense_linear(rows, weight, **rest | {"residual": addend}),
-            x, residual, cpu.MAX_DENSE_TOKENS,
-        )  # fmt: skip
     if runs_on_gpu(x):
         from lmdeploy.kernels.cuda import dense
 

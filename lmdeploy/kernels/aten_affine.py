@@ -54,6 +54,7 @@ def unpack(w: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
     return affine.unpack(w.codes)
 
 
+@invariant.at_most(_MAX_TOKENS)
 def linear(
     x: Tensor,
     w: PackedInt4,
@@ -68,11 +69,6 @@ def linear(
     """rms_norm(x) W^T + bias + residual: x bfloat16 [M, K] -> [M, N], arguments as in the twin."""
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps, norm_offset)
-    if invariant.applies(len(x)) and len(x) > _MAX_TOKENS:
-        return invariant.in_pieces(
-            lambda rows, addend: linear(rows, w, bias=bias, residual=addend, out_dtype=out_dtype),
-            x, residual, _MAX_TOKENS,
-        )  # fmt: skip
     if len(x) > _MAX_TOKENS:
         return affine.linear(x, w.codes, bias=bias, residual=residual, out_dtype=out_dtype)
     group_size = w.codes.k // w.scales_and_zeros.shape[0]

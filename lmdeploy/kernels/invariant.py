@@ -7,11 +7,15 @@ they are a prompt's, and such an engine computes prompts one at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Product = TypeVar("Product", bound=Callable[..., Tensor])
 
 MAX_ROWS = 256
 _BLOCK = 16
@@ -29,12 +33,22 @@ def applies(num_rows: int) -> bool:
     return _is_on and num_rows <= MAX_ROWS
 
 
-def in_pieces(
-    product: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, residual: Tensor | None, at_once: int
-) -> Tensor:
-    """product(rows of x, rows of residual) over at most `at_once` rows of x [M, K] at a time: [M, N]."""
-    residuals = [None] * len(x) if residual is None else residual.split(at_once)
-    return torch.cat([product(*pair) for pair in zip(x.split(at_once), residuals, strict=False)])
+def at_most(num_rows: int) -> Callable[[Product], Product]:
+    """For functions of rows x [M, K] and a keyword `residual` [M, N]: more rows, where need be, are taken in pieces."""
+
+    def in_pieces(product: Product) -> Product:
+        @functools.wraps(product)
+        def run(x: Tensor, *rest: Any, residual: Tensor | None = None, **named: Any) -> Tensor:
+            if len(x) <= num_rows or not applies(len(x)):
+                return product(x, *rest, residual=residual, **named)
+            pieces = x.split(num_rows)
+            residuals = [None] * len(pieces) if residual is None else residual.split(num_rows)
+            pairs = zip(pieces, residuals, strict=True)
+            return torch.cat([product(rows, *rest, residual=addend, **named) for rows, addend in pairs])
+
+        return cast(Product, run)
+
+    return in_pieces
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from lmdeploy.kernels.cpu.attention import rope_store_attend, supports
 from lmdeploy.kernels.cpu.build import is_available, library
 from lmdeploy.kernels.cpu.linear import (
-    MAX_DENSE_TOKENS,
     can_multiply_dense,
     dense_linear,
     embed,
@@ -24,7 +23,6 @@ from lmdeploy.kernels.cpu.packed import DTYPES, PackedAffine, pack, unpack
 from lmdeploy.kernels.cpu.tape import Tapes
 
 __all__ = [
-    "MAX_DENSE_TOKENS",
     "PackedAffine",
     "Tapes",
     "can_multiply_dense",

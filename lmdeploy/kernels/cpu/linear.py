@@ -11,6 +11,7 @@ from struct import Struct
 import torch
 from torch import Tensor, get_num_threads
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.cpu.build import library
 from lmdeploy.kernels.cpu.packed import DTYPES, PackedAffine
 
@@ -112,9 +113,11 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
 
 def can_multiply_dense(weight: Tensor, tokens: int) -> bool:
     """Whether `dense_linear` takes this weight [N, K] for so many tokens; beyond, torch's own product is as fast."""
-    return tokens <= MAX_DENSE_TOKENS and weight.dtype == torch.bfloat16 and weight.shape[1] % 16 == 0
+    is_few = tokens <= MAX_DENSE_TOKENS or invariant.applies(tokens)
+    return is_few and weight.dtype == torch.bfloat16 and weight.shape[1] % 16 == 0
 
 
+@invariant.at_most(MAX_DENSE_TOKENS)
 def dense_linear(
     x: Tensor,
     weight: Tensor,

@@ -65,6 +65,7 @@ def unpack(w: PackedAffine) -> tuple[Tensor, Tensor, Tensor]:
     return skinny_gemm.unpack(w.weight)
 
 
+@invariant.at_most(MAX_TOKENS)
 def linear(
     x: Tensor,
     w: PackedAffine,
@@ -77,12 +78,6 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, [M, K] -> [M, N]; the result may take the residual's place."""
-    if invariant.applies(len(x)) and len(x) > MAX_TOKENS:
-        same = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset, "out_dtype": out_dtype}
-        return invariant.in_pieces(
-            lambda rows, addend: linear(rows, w, bias=bias, residual=addend, **same),  # type: ignore[arg-type]
-            x, residual, MAX_TOKENS,
-        )  # fmt: skip
     if _is_wide(x, w):
         x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
         return wide_gemm.wide_gemm(x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual)
@@ -95,6 +90,7 @@ def linear(
     return dense.matmul(x, _copy(w, x.dtype), bias, residual, out_dtype)
 
 
+@invariant.at_most(MAX_TOKENS)
 def gated_mlp(
     x: Tensor,
     gate_up: PackedAffine,
@@ -107,12 +103,6 @@ def gated_mlp(
     residual: Tensor | None = None,
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(rms_norm(x)): [M, C] -> [M, C]."""
-    if invariant.applies(len(x)) and len(x) > MAX_TOKENS:
-        norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
-        return invariant.in_pieces(
-            lambda rows, addend: gated_mlp(rows, gate_up, down, activation, residual=addend, **norm),  # type: ignore[arg-type]
-            x, residual, MAX_TOKENS,
-        )  # fmt: skip
     if _is_wide(x, gate_up) and gate_up.n % 32 == 0:
         x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
         hidden = wide_gemm.wide_gemm(x, gate_up.weight, activation=activation)

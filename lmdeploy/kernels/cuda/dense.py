@@ -16,6 +16,7 @@ _STREAMED_TOKENS = 2  # up to which x is multiplied fast enough without the tens
 _STREAMED_COLUMNS = 2048  # for stream_gemm.MAX_TOKENS
 
 
+@invariant.at_most(tensor_gemm.MAX_TOKENS)
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -28,12 +29,6 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, weight [N, K]: [M, K] -> [M, N]; the result may take the residual's place."""
-    if invariant.applies(len(x)) and len(x) > tensor_gemm.MAX_TOKENS:
-        same = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset, "out_dtype": out_dtype}
-        return invariant.in_pieces(
-            lambda rows, addend: linear(rows, weight, bias=bias, residual=addend, **same),  # type: ignore[arg-type]
-            x, residual, tensor_gemm.MAX_TOKENS,
-        )  # fmt: skip
     rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "out": residual}
     if is_streamed(x, weight):
         norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
@@ -44,6 +39,7 @@ def linear(
     return matmul(x, weight, bias, residual, out_dtype)
 
 
+@invariant.at_most(tensor_gemm.MAX_TOKENS)
 def gated_mlp(
     x: Tensor,
     gate_up: Tensor,
@@ -58,14 +54,6 @@ def gated_mlp(
     residual: Tensor | None = None,
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(rms_norm(x)): [M, C] -> [M, C]."""
-    if invariant.applies(len(x)) and len(x) > tensor_gemm.MAX_TOKENS:
-        biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, "norm_weight": norm_weight}
-        return invariant.in_pieces(
-            lambda rows, addend: gated_mlp(
-                rows, gate_up, down, activation, **biases, norm_eps=norm_eps, norm_offset=norm_offset, residual=addend
-            ),
-            x, residual, tensor_gemm.MAX_TOKENS,
-        )  # fmt: skip
     if is_streamed(x, gate_up):
         norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
         hidden = stream_gemm.stream_gemm(x, gate_up, bias=gate_up_bias, activation=activation, **norm)  # type: ignore[arg-type]
@@ -99,9 +87,10 @@ def matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None
 ) -> Tensor:
     """x W^T + bias + residual by cuBLAS; without a bias the residual is added by the product itself, in its place."""
-    if bias is None and residual is not None and not invariant.applies(len(x)):
+    is_one_call = bias is None and not invariant.applies(len(x))
+    if is_one_call and residual is not None:
         return residual.addmm_(x, weight.T)
-    if out_dtype == torch.float32 and bias is None and _HAS_WIDE_OUTPUT and not invariant.applies(len(x)):
+    if is_one_call and out_dtype == torch.float32 and _HAS_WIDE_OUTPUT:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     out = invariant.linear(x, weight, bias)
     if residual is not None:

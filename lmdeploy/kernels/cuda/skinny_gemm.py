@@ -83,6 +83,17 @@ def supports(n: int, k: int, dtype: torch.dtype, device: torch.device) -> bool:
     return k % COLUMNS == 0 and n >= 16 and runs_on(device, dtype)
 
 
+def has_vectors(x: Tensor) -> bool:
+    """Whether all rows of 16-bit numbers x [M, K] begin where 16 bytes can be copied at once."""
+    return x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def takes_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether kernels that copy plain rows can multiply x [M, K] by the weight [N, K] here."""
+    is_like_x = weight.is_contiguous() and weight.dtype == x.dtype
+    return is_like_x and has_vectors(weight) and has_vectors(x) and runs_on(x.device, x.dtype)
+
+
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels of this folder take activations of the dtype on the device."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):

@@ -67,11 +67,7 @@ class Variant:
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether x [M, K] and the weight [N, K] can be multiplied here."""
     m, k = len(x), weight.shape[1]
-    if not 0 < m <= MAX_TOKENS or k % 8 or x.stride(0) % 8 or x.data_ptr() % 16:
-        return False
-    if not weight.is_contiguous() or weight.data_ptr() % 16 or weight.dtype != x.dtype:
-        return False
-    if not skinny_gemm.runs_on(x.device, x.dtype):
+    if not 0 < m <= MAX_TOKENS or k % 8 or not skinny_gemm.takes_plain(x, weight):
         return False
     fits = 2 * 2 * k * 2 <= block_shared_bytes()  # two stages of a gate and an up
     return fits and k <= _MAX_WARPS_K * _WARP_COLUMNS * (_MAX_VECTORS // _padded(m))

@@ -78,11 +78,7 @@ def supports(x: Tensor, weight: Tensor, is_gated: bool = False) -> bool:
     m, (n, k) = len(x), weight.shape
     if not 0 < m <= MAX_TOKENS or k % 8 or k < _COLUMNS or n % (16 if is_gated else 8) or n < 64:
         return False
-    if x.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
-        return False
-    if not weight.is_contiguous() or weight.dtype != x.dtype:
-        return False
-    return has_instructions() and skinny_gemm.runs_on(x.device, x.dtype)
+    return skinny_gemm.takes_plain(x, weight) and has_instructions()
 
 
 def is_faster(m: int, n: int, k: int, is_gated: bool) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lmdeploy.kernels.cuda import nvrtc
 from lmdeploy.kernels.cuda.driver import Kernel
 from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
-from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, num_sms
+from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, has_vectors, num_sms
 
 FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm; fewer it multiplies as well
 _ARCH = "sm_90a"
@@ -75,8 +75,7 @@ def supports(x: Tensor, w: Weight) -> bool:
     """Whether the weight can be multiplied here by x [M, K], M up to 64."""
     if not w.data.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or len(x) > MAX_TOKENS:
         return False
-    is_aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return is_aligned and torch.cuda.get_device_capability(w.data.device) == (9, 0)
+    return has_vectors(x) and torch.cuda.get_device_capability(w.data.device) == (9, 0)
 
 
 def wide_gemm(

@@ -115,6 +115,7 @@ def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
     return dequantize(w, dtype, ids)
 
 
+@invariant.at_most(MAX_FEW_ROWS)
 def linear(
     x: Tensor,
     w: PackedAffine,
@@ -136,10 +137,6 @@ def linear(
     x = x if x.stride(1) == 1 else x.contiguous()
     if len(x) <= MAX_FEW_ROWS:
         return _multiply_few(x, w, bias, residual, out_dtype or x.dtype)
-    if invariant.applies(len(x)):
-        return invariant.in_pieces(
-            lambda rows, addend: _multiply_few(rows, w, bias, addend, out_dtype or x.dtype), x, residual, MAX_FEW_ROWS
-        )
     out = torch.empty(len(x), w.n, dtype=x.dtype, device=x.device)
     step = max(1, _COPY_ELEMENTS // w.k)
     for start in range(0, w.n, step):
