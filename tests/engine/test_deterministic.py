@@ -14,10 +14,19 @@ from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.core import Engine
 from lmdeploy.engine.request import Request, SamplingParams
 from lmdeploy.errors import ConfigError
+from lmdeploy.kernels import invariant
 from tests.tiny_model import make_tiny_llama
 
 ANSWER = 36
 LENGTHS = (1, 3, 15, 16, 17, 33, 48, 70, 96)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def off_again() -> Iterator[None]:
+    """An engine turns it on for its process, and other modules' tests run in this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(invariant, "_is_on", invariant._is_on)
+        yield
 
 
 @pytest.fixture(scope="module")
