@@ -20,6 +20,9 @@ from lmdeploy.serve.http_protocol import PatientProtocol
 
 _MAX_HEADER_BYTES = 64 << 10
 _BACKLOG = 2048
+# Longer than clients and balancers keep an idle connection (httpx 5 s, many balancers 60): whoever closes first must not
+# be the one that a request may already be on its way to.
+_KEEP_ALIVE_S = 75
 _LAST_WORDS_S = 2  # after the drain, for connections to take what is still on its way to them
 
 
@@ -77,6 +80,7 @@ class Server(uvicorn.Server):
             access_log=log_level in ("info", "debug"),
             server_header=False,
             backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
             timeout_graceful_shutdown=_LAST_WORDS_S,
             ssl_keyfile=tls.key_file if tls else None,

@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 
+import httpx2
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from lmdeploy.serve.http_protocol import PatientProtocol
+from lmdeploy.serve.server import Server
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 _CHUNK = b"x" * (1 << 16)
@@ -120,3 +123,12 @@ def test_a_client_that_does_not_read_is_cut(address: tuple[str, int], app: _App)
         sock.connect(address)
         sock.sendall(REQUEST.replace(b"GET /", b"GET /much"))
         assert app.has_ended.wait(10)
+
+
+def test_an_idle_connection_is_closed_by_its_client_first() -> None:
+    """A request sent while the server closes the connection would be lost."""
+    app = FastAPI()
+    app.state.service = None
+    expiry_s = httpx2.Limits().keepalive_expiry
+    assert expiry_s is not None
+    assert Server(app).config.timeout_keep_alive > expiry_s + 60
