@@ -442,4 +442,4 @@ def test_builtin_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert path.read_bytes()[:4] == b"GGUF"
     started = time.perf_counter()
     assert hub.resolve("smollm2-135m-instruct") == path
-    assert time.perf_counter() - started < 0.05
+    assert time.perf_counter() - started < 0.5

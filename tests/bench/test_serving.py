@@ -47,21 +47,21 @@ def test_times_and_counts_are_the_servers() -> None:
     assert len(run.traces) == 6
     for trace in run.traces:
         assert (trace.error, trace.prompt_tokens, trace.output_tokens, len(trace.arrivals)) == (None, 7, 4, 4)
-        assert FIRST_S <= trace.arrivals[0] - trace.sent < FIRST_S + 0.1
-        assert 3 * NEXT_S <= trace.arrivals[-1] - trace.arrivals[0] < 3 * NEXT_S + 0.1
+        assert FIRST_S <= trace.arrivals[0] - trace.sent < FIRST_S + 1
+        assert FIRST_S + 3 * NEXT_S <= trace.arrivals[-1] - trace.sent < FIRST_S + 3 * NEXT_S + 1
     least = 2 * (FIRST_S + 3 * NEXT_S)  # two rounds of three clients
-    assert least <= run.duration_s < least + 0.3
+    assert least <= run.duration_s < least + 2
     assert 0 < run.cpu_share < 1
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
     with answering(steady) as url:
-        run = asyncio.run(run_open(Target(url, "m", "chat"), ASKS * 5, 200.0, random.Random(1)))
+        run = asyncio.run(run_open(Target(url, "m", "chat"), ASKS * 5, 400.0, random.Random(1)))
     due = [trace.due for trace in run.traces]
     assert due == sorted(due)
-    assert 0.05 < due[-1] - due[0] < 0.4  # 29 gaps of 5 ms on average
+    assert 0.025 < due[-1] - due[0] < 0.2  # 29 gaps of 2.5 ms on average
     assert run.traces[-1].sent < run.traces[0].ended  # all were sent before the first had ended
-    assert run.duration_s < 1.0
+    assert run.duration_s < 3  # one after the other would take 5
     assert all(trace.sent >= trace.due - 0.005 for trace in run.traces)
 
 
