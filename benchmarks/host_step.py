@@ -34,8 +34,8 @@ TINY = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "nu
 class FreeGraphs(DecodeGraphs):
     """Graphs that leave token 5."""
 
-    def capture(self, size: int, keeps_logits: bool) -> None:
-        self.graphs[size, keeps_logits] = Graph(lambda: None, torch.full((size,), 5))
+    def capture(self, size: int, keeps_hidden: bool) -> None:
+        self.graphs[size, keeps_hidden] = Graph(lambda: None, torch.full((size,), 5))
 
 
 def make_engine(batch_size: int, rounds: int) -> Engine:

@@ -8,7 +8,7 @@ import random
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,8 +44,11 @@ class Engine:
     `step` schedules the next step, enqueues it, and hands out the results of the oldest step in flight.
     """
 
-    def __init__(self, path: Path, config: EngineConfig) -> None:
-        """Load the model at `path` (a folder or GGUF file). Raises CheckpointError, ConfigError, ModelNotSupported."""
+    def __init__(self, path: Path, config: EngineConfig, *, enters: bool = True) -> None:
+        """Load the model at `path` (a folder or GGUF file). Raises CheckpointError, ConfigError, ModelNotSupported.
+
+        enters: this thread runs the steps; else `enter_thread` is still to be called by the one that does.
+        """
         started = time.monotonic()
         self.path, self.config = path, config
         self.device = device = _device(config.device)
@@ -58,8 +61,7 @@ class Engine:
                 )
             invariant.enable()
         self.asleep: set[str] = set()
-        self.resting_model: CausalLM | None = None
-        model = self.load_model()
+        self.resting_model: CausalLM | None = (model := self.load_model())
         self.model_config = model.config
         max_batch_size = config.max_batch_size or _MAX_BATCH_SIZE[device.type]
         self._has_gpu_kernels = device.type == "cuda" and has_gpu_kernels() and model.dtype != torch.float32
@@ -68,7 +70,6 @@ class Engine:
         self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
         self._max_batch_size = max_batch_size = self.plan.max_batch_size
         self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
-        self.start_runner(model)
         scheduler_class = Scheduler
         if config.deterministic:
             from lmdeploy.engine.apart import ApartScheduler as scheduler_class
@@ -98,6 +99,8 @@ class Engine:
         self._in_flight: deque[PendingStep] = deque()
         self._states: dict[str, RequestState] = {}
         self.times: StepTimes | None = None
+        if enters:
+            self.enter_thread()
 
     def load_model(self) -> CausalLM:
         """The model at `path`, with the engine's settings."""
@@ -116,10 +119,10 @@ class Engine:
     def start_runner(self, model: CausalLM) -> None:
         """Make the cache that is planned for, and the runner."""
         plan, device = self.plan, self.device
-        if plan.copy_bytes:
-            from lmdeploy.engine.warm_up import keep_copies
+        if device.type == "cuda":
+            from lmdeploy.engine.warm_up import lay_out
 
-            keep_copies(model)
+            lay_out(model, with_copies=plan.copy_bytes > 0)
         cache = _make_cache(model, plan, self.config.quant_policy, device)
         self.runner = Runner(model, cache, self._max_batch_size, plan.session_len, self._max_steps_in_flight)
         if self._has_gpu_kernels and not self.config.eager_mode:
@@ -137,31 +140,35 @@ class Engine:
     def _plan_memory(
         model: CausalLM, config: EngineConfig, device: torch.device, max_batch_size: int, max_tokens: int
     ) -> MemoryPlan:
-        copies, buffer_bytes = (0, 0), 0
-        session_len = config.session_len or model.config.session_len
+        on_gpu: dict[str, Any] = {}
         if device.type == "cuda":
-            from lmdeploy.engine.warm_up import buffer_bytes_of, copy_bytes, largest_copy_bytes
+            from lmdeploy.engine.warm_up import plan_arguments
 
-            copies = copy_bytes(model), largest_copy_bytes(model)
-            buffer_bytes = buffer_bytes_of(model, max_batch_size, session_len)
-            torch.cuda.empty_cache()
+            on_gpu = plan_arguments(model)
         return plan_memory(
             model.config,
             config,
             device=device,
             dtype=model.dtype,
             weight_bytes=model.num_bytes(),
-            copy_bytes=copies,
-            buffer_bytes=buffer_bytes,
+            **on_gpu,
             max_batch_size=max_batch_size,
             max_tokens_per_step=max_tokens,
-            session_len=session_len,
+            session_len=config.session_len or model.config.session_len,
         )
 
     def enter_thread(self) -> None:
-        """Called by the thread that runs the steps: each thread of a process has a GPU of its own that it works on."""
+        """Called once, by the thread that runs the steps: it starts the runner, and works on this GPU and a stream of its own.
+
+        cuBLAS keeps 32 MiB for every thread and stream that use it: all steps and captures are made by one, on one.
+        """
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the weights have come on another stream
             torch.cuda.set_device(self.device)
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
+        assert self.resting_model is not None
+        self.start_runner(self.resting_model)
+        self.resting_model = None
 
     @property
     def has_work(self) -> bool:

@@ -1,7 +1,7 @@
 """Decode steps as captured CUDA graphs, one per batch size in a ladder. It schedules nothing and samples only greedily.
 
 A graph holds everything from the host's few integers per request to the tokens; where other sampling follows, a second
-graph of the same size leaves the logits. https://developer.nvidia.com/blog/cuda-graphs/
+graph of the same size ends with the hidden states. https://developer.nvidia.com/blog/cuda-graphs/
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _STAGES = 4  # rows that may still be on their way to the device
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured step. tokens: [size] int64, INVALID_TOKEN where no logit was finite, once replayed."""
+    """A captured step. result: what a replay leaves, the tokens [size] int64, INVALID_TOKEN where no logit was finite, or the
+    hidden states [size, C]."""
 
     replay: Callable[[], None]
-    tokens: Tensor
+    result: Tensor
 
 
 class DecodeGraphs:
@@ -53,7 +54,8 @@ class DecodeGraphs:
         ]
         self._views = [staging.numpy() for staging in self._staging]
         self._turn = 0
-        self.logits = torch.empty(max_batch_size, model.config.vocab_size, dtype=torch.float32, device=device)
+        # Not the logits, which would take a hundred times as much beside those that graphs make and give back.
+        self._hidden_states = torch.empty(max_batch_size, model.config.hidden_size, dtype=model.dtype, device=device)
         self._pool: Any = None
         self.graphs: dict[tuple[int, bool], Graph] = {}
         self._takes_no_more = False
@@ -64,7 +66,7 @@ class DecodeGraphs:
         """Graphs that are not captured yet, the small ones first: they lose most where a larger one takes their place."""
         if self._takes_no_more or len(self.graphs) == 2 * len(self.sizes):
             return []
-        wanted = [(size, keeps_logits) for size in self.sizes for keeps_logits in (False, True)]
+        wanted = [(size, keeps_hidden) for size in self.sizes for keeps_hidden in (False, True)]
         return [key for key in wanted if key not in self.graphs]
 
     def capture_next(self) -> bool:
@@ -78,10 +80,10 @@ class DecodeGraphs:
                 get_logger().warning("no more decode steps are captured; larger ones take their place: %s", error)
         return bool(missing)
 
-    def find(self, batch_size: int, keeps_logits: bool) -> tuple[int, Graph] | None:
+    def find(self, batch_size: int, keeps_hidden: bool) -> tuple[int, Graph] | None:
         """The smallest captured graph that holds the batch, and its size."""
         for size in self.sizes[bisect_left(self.sizes, batch_size) :]:
-            if (graph := self.graphs.get((size, keeps_logits))) is not None:
+            if (graph := self.graphs.get((size, keeps_hidden))) is not None:
                 return size, graph
         return None
 
@@ -91,30 +93,30 @@ class DecodeGraphs:
         return self._views[self._turn][:size]
 
     def replay(self, size: int, graph: Graph) -> Tensor:
-        """Enqueue the step whose rows were staged last; its tokens [size], valid until the next replay."""
+        """Enqueue the step whose rows were staged last; its result, valid until the next replay."""
         self._rows.copy_(self._staging[self._turn], non_blocking=True)  # all of them: a view takes longer than the rest
         graph.replay()
-        return graph.tokens
+        return graph.result
 
     @torch.inference_mode()
-    def capture(self, size: int, keeps_logits: bool) -> None:
+    def capture(self, size: int, keeps_hidden: bool) -> None:
         """Capture one graph; nothing may be in flight. Its first run, on padding, compiles what is not compiled yet."""
         self._views[self._turn][:size] = (self._slots.padding, 0, -1, 0, 1)
         self._rows[:size].copy_(self._staging[self._turn][:size])
-        self.step(size, keeps_logits)
+        self.step(size, keeps_hidden)
         torch.cuda.synchronize()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            tokens = self.step(size, keeps_logits)
-        self.graphs[size, keeps_logits] = Graph(graph.replay, tokens)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()  # of the steps, for what is kept by stream
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            result = self.step(size, keeps_hidden)
+        self.graphs[size, keeps_hidden] = Graph(graph.replay, result)
 
     def context_lens_host(self, size: int) -> list[int]:
         """Nothing: a kernel that asks the host for lengths cannot be captured."""
         return []
 
-    def step(self, size: int, keeps_logits: bool) -> Tensor:
-        """What is captured, run as it is: the tokens of the rows that were sent last."""
+    def step(self, size: int, keeps_hidden: bool) -> Tensor:
+        """What is captured, run as it is: the result for the rows that were sent last."""
         rows, inputs = self._rows[:size], self._inputs.first(size)
         kernels.prepare_decode(rows, self._slots.last_tokens, self._slots.tables, self._kv_cache.block_size, inputs)
         ctx = ForwardContext(
@@ -129,9 +131,9 @@ class DecodeGraphs:
             context_lens_host=self.context_lens_host(size),
             decode_buffers=self._decode_buffers,
         )
-        logits = self._model.compute_logits(self._model(inputs.input_ids, ctx))
-        if keeps_logits:
-            self.logits[:size].copy_(logits)
-        tokens = kernels.argmax(logits)
+        hidden_states = self._model(inputs.input_ids, ctx)
+        if keeps_hidden:
+            return self._hidden_states[:size].copy_(hidden_states)
+        tokens = kernels.argmax(self._model.compute_logits(hidden_states))
         kernels.store_tokens(rows, tokens, self._slots.last_tokens)
         return tokens

@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -40,20 +41,24 @@ class EngineLoop:
     """Owns an engine and its thread. `publish` is called from that thread with every step's news."""
 
     def __init__(self, path: Path, config: EngineConfig, publish: Publish, times: StepTimes | None = None) -> None:
-        """Loads the model in the caller's thread, so that its errors are the caller's. times: of its steps."""
-        self._engine: Engine | None = Engine(path, config)
-        self.info: EngineInfo = self._engine.info
+        """Loads the model in the caller's thread, where it can be interrupted. times: of its steps."""
+        started = time.monotonic()
+        self._engine: Engine | None = Engine(path, config, enters=False)
+        info = self._engine.info
         self.error: EngineDead | None = None
         self.heartbeat = time.monotonic()
-        self._stats = self._engine.stats()
+        self._stats: dict[str, float] = {}
         self._engine.times = times
         self._publish = publish
         self._live: set[str] = set()
         self._grammars: GrammarThreads | None = None
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="lmdeploy-engine", daemon=True)
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="lmdeploy-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a thread that came back from a kernel after the interpreter's end would abort it
+        ready.result()
+        self.info: EngineInfo = replace(info, load_s=time.monotonic() - started)
 
     def add(self, request: Request) -> None:
         """Queue a request; if the engine refuses it, or is dead, that is published as its output."""
@@ -115,18 +120,23 @@ class EngineLoop:
         """End a request that never reached the engine; without an error it was aborted."""
         self._publish([RequestOutput(request_id, finish_reason="abort" if error is None else "error", error=error)])
 
-    def _run(self) -> None:
+    def _run(self, ready: Future[None]) -> None:
         engine, self._engine = self._engine, None
         assert engine is not None
         error = EngineDead("the engine is closed")
         try:
             engine.enter_thread()
+            self._stats = engine.stats()
+            ready.set_result(None)
             while self._drain(engine):
                 if engine.has_work:
                     self._deliver(engine.step())
             self._deliver(engine.close())
         except BaseException as cause:  # whatever ends this thread, its waiters must hear of it
-            get_logger().exception("the engine has stopped")
+            if ready.done():
+                get_logger().exception("the engine has stopped")
+            else:
+                ready.set_exception(cause)
             error = EngineDead(f"the engine has stopped: {type(cause).__name__}: {cause}")
         self._end(error)
 

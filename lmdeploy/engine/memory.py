@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ _DEFAULT_SHARE = 0.8
 _DEFAULT_CPU_CACHE_BYTES = 4 << 30
 _MIN_BLOCKS = 2
 _COPY_SHARE = 0.25
-_STEP_SHARE = 0.125
-_RUNTIME_BYTES = 60 * MIB  # of a GPU, for kernels, their graphs and cuBLAS, measured beside what the first tensor takes
+_STEP_SHARE = 0.0625
+# Of a GPU, beside what the first tensor takes, as measured on an H100: kernels and graphs, cuBLAS's workspace, rounding.
+_RUNTIME_BYTES = (141 + 32 + 10) * MIB
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,21 @@ def plan_memory(
     max_tokens_per_step: int,
     session_len: int,
     copy_bytes: tuple[int, int] = (0, 0),
-    buffer_bytes: int = 0,
+    buffer_bytes: Callable[[int, int], int] = lambda max_batch_size, session_len: 0,
 ) -> MemoryPlan:
     """Size the block pool after the weights have been loaded.
 
-    copy_bytes: what 16-bit copies of all quantized weights would take, and of the largest. They are kept if they take at
-    most a quarter of what the pool would have. A pool smaller than session_len cuts session_len, with a notice; under two
-    blocks is a ConfigError with the numbers.
+    copy_bytes: what 16-bit copies of all quantized weights would take, and the largest piece that is made at a time where
+    they are not kept, as they are if they take at most a quarter of what the pool would have. buffer_bytes: by batch and
+    session_len, what is kept beside weights and cache. A pool smaller than session_len cuts session_len, with a notice;
+    under two blocks is a ConfigError with the numbers.
     """
     total, free = device_memory(device)
     block_bytes = config.block_size * kv_bytes_per_token(model, dtype, config.quant_policy)
     share = config.cache_max_entry_count
-    copies, largest_copy = copy_bytes
+    copies, piece = copy_bytes
     if copies > _COPY_SHARE * free * (share if share is not None and share < 1 else _DEFAULT_SHARE):
-        copies, buffer_bytes = 0, buffer_bytes + largest_copy
+        copies = 0
     num_blocks = _num_blocks(share, free - copies, block_bytes, device)
     if share is None:
         num_blocks = min(num_blocks, max(max_batch_size * -(-session_len // config.block_size), _MIN_BLOCKS))
@@ -107,7 +110,8 @@ def plan_memory(
         blocks = int(_STEP_SHARE * num_blocks * block_bytes) // of_block
         max_tokens_per_step = min(max_tokens_per_step, (blocks + 1) * config.block_size)
     max_tokens_per_step = max(max_tokens_per_step, max_batch_size)
-    activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size) + buffer_bytes
+    activations = activation_bytes(model, dtype, max_tokens_per_step, max_batch_size, 0 if copies else piece)
+    activations += buffer_bytes(max_batch_size, min(session_len, num_blocks * config.block_size))
     activations += _RUNTIME_BYTES if device.type == "cuda" else 0
     fitting = max(free - copies - activations, 0) // block_bytes
     if fitting < num_blocks:
@@ -151,15 +155,18 @@ def kv_bytes_per_token(model: ModelConfig, dtype: torch.dtype, policy: QuantPoli
     return model.num_layers * planes * heads * dim * dtype.itemsize
 
 
-def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, requests: int) -> int:
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, requests: int, piece_bytes: int = 0) -> int:
     """Upper estimate of what one step holds at its peak beside weights and cache.
 
     Per token the residual stream, its norm and what a layer makes of it: gate, up and their product, or q, k, v, q turned,
-    keys and values in a row and the attention's output. Per sampled row four float32 copies of the logits.
+    keys and values in a row and the attention's output; beside them a piece of a weight. When they are gone, per sampled row
+    two float32 copies of the logits. A third belongs to the decode graphs.
     """
     qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = max(model.hidden_size, 3 * model.intermediate_size, 3 * qkv_size)
-    return tokens * (3 * model.hidden_size + widest) * dtype.itemsize + requests * model.vocab_size * 16
+    layer = tokens * (3 * model.hidden_size + widest) * dtype.itemsize + piece_bytes
+    logits = requests * model.vocab_size * 4
+    return max(layer, 2 * logits) + logits
 
 
 def _num_blocks(share: float | None, free: int, block_bytes: int, device: torch.device) -> int:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lmdeploy.engine.graphs import DecodeGraphs
-from lmdeploy.engine.reports import Report
 from lmdeploy.engine.runner import PendingStep, Runner
 from lmdeploy.engine.scheduler import StepPlan
 
@@ -18,16 +17,16 @@ def replay_step(runner: Runner, graphs: DecodeGraphs, plan: StepPlan) -> Pending
     batch_size, is_greedy = len(plan.states), plan.states.is_greedy
     if not plan.is_decode or plan.states.wants_hidden_states:
         return None
-    found = graphs.find(batch_size, keeps_logits=not is_greedy)
+    found = graphs.find(batch_size, keeps_hidden=not is_greedy)
     if found is None:
         return None
     size, graph = found
     runner.slots.write_rows(plan, graphs.stage(size))
-    tokens = graphs.replay(size, graph)
-    reports: dict[str, Report] = {}
-    if not is_greedy:
-        logits = graphs.logits[:batch_size]
-        tokens, reports = runner.sample(plan, plan.states, logits, logits.new_empty(batch_size, 0))
+    result = graphs.replay(size, graph)
+    if is_greedy:
+        return PendingStep(plan, *runner.to_host(result), {})
+    logits = runner.model.compute_logits(result)[:batch_size]  # of all rows: their number's kernels are there
+    tokens, reports = runner.sample(plan, plan.states, logits, logits.new_empty(batch_size, 0))
     return PendingStep(plan, *runner.to_host(tokens), reports)
 
 

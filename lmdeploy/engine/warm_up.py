@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+from typing import Any
 
 import torch
 
+from lmdeploy.engine.compact import close_gaps
 from lmdeploy.engine.graphs import DecodeGraphs
 from lmdeploy.engine.runner import Runner
 from lmdeploy.kernels import decode_buffer_bytes, has_gpu_kernels
@@ -18,31 +21,42 @@ _FIRST_SIZES = (1, 2, 4, 8)
 _USUAL_DIM = 128  # of a head, at most, for decode attention in CUDA C++
 
 
+def plan_arguments(model: CausalLM) -> dict[str, Any]:
+    """What `plan_memory` asks for that only a GPU has, once torch holds no more than the model takes."""
+    lay_out(model, with_copies=False)
+    sizes = copy_bytes(model), piece_bytes(model)
+    return {"copy_bytes": sizes, "buffer_bytes": functools.partial(buffer_bytes_of, model)}
+
+
 def copy_bytes(model: CausalLM) -> int:
     """What 16-bit copies of all quantized weights would take that have a use for one."""
     return sum(method.copy_bytes for method in _copied_methods(model))
 
 
-def largest_copy_bytes(model: CausalLM) -> int:
-    """What the copy of one weight takes while a step uses it."""
-    return max((method.copy_bytes for method in _copied_methods(model)), default=0)
+def piece_bytes(model: CausalLM) -> int:
+    """What is copied of a weight at a time while a step uses it."""
+    return max((method.piece_bytes for method in _copied_methods(model)), default=0)
 
 
 def buffer_bytes_of(model: CausalLM, max_batch_size: int, session_len: int) -> int:
-    """What decode attention keeps beside the cache."""
+    """What is kept beside the cache: tables of the rotary embedding, partial results of decode attention."""
     config = model.config
+    rotary = sum(rope.dim for rope in {config.rope, config.local_rope} if rope is not None)
+    tables = 4 * rotary * (1 << max(session_len - 1, 255).bit_length())
     if not has_gpu_kernels() or model.dtype == torch.float32:
-        return 0
+        return tables
     value_dim = config.head_dim if config.mla is None else config.mla.kv_lora_rank
     is_special = value_dim > _USUAL_DIM or config.attn_softcap is not None or config.alibi or config.attention_sinks
     forms = {not is_special and window is None for window in config.layer_windows}
     size = (max_batch_size, session_len, config.num_heads, value_dim)
-    return sum(decode_buffer_bytes(*size, is_usual=is_usual) for is_usual in forms)
+    return tables + sum(decode_buffer_bytes(*size, is_usual=is_usual) for is_usual in forms)
 
 
-def keep_copies(model: CausalLM) -> None:
-    """Make and keep the copies of `copy_bytes`."""
-    for method in _copied_methods(model):
+def lay_out(model: CausalLM, with_copies: bool) -> None:
+    """Bring the weights together, if that has not been done, give back what their loading left, and make the copies."""
+    close_gaps(model)
+    torch.cuda.empty_cache()
+    for method in _copied_methods(model) if with_copies else ():
         method.keep_copy()
 
 
@@ -55,8 +69,8 @@ def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
     sizes = sorted({size for size in _FIRST_SIZES if size <= max_batch_size} | {max_batch_size}, reverse=True)
     try:
         for size in sizes:
-            runner.graphs.capture(size, keeps_logits=False)
-        runner.graphs.capture(max_batch_size, keeps_logits=True)
+            runner.graphs.capture(size, keeps_hidden=False)
+        runner.graphs.capture(max_batch_size, keeps_hidden=True)
     except Exception as error:  # whatever a model or a kernel cannot do in a capture, it can do without
         runner.graphs = None
         get_logger().warning("decode steps of %s run without CUDA graphs: %s", model.config.architecture, error)

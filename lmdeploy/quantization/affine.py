@@ -114,6 +114,11 @@ class AffineMethod(LinearMethod):
         """What `keep_copy` would take; 0 where no kernel uses a copy."""
         return 2 * self.packed.n * self.packed.k if hasattr(self.packed, "keep_copy") else 0
 
+    @property
+    def piece_bytes(self) -> int:
+        """What such steps take at a time without a copy."""
+        return min(self.copy_bytes, 2 * self.packed.k * self.packed.rows_at_once) if self.copy_bytes else 0
+
     def keep_copy(self) -> None:
         """Keep the weight in 16 bits, too, for steps of many tokens."""
         self.packed.keep_copy(self.dtype)

@@ -60,9 +60,9 @@ class UncapturedGraphs(DecodeGraphs):
     def replay(self, size: int, graph: Graph) -> torch.Tensor:
         return super().replay(size, graph).clone()  # a CPU has no stream that keeps copies and replays in order
 
-    def capture(self, size: int, keeps_logits: bool) -> None:
-        tokens = torch.zeros(size, dtype=torch.int64)
-        self.graphs[size, keeps_logits] = Graph(lambda: tokens.copy_(self.step(size, keeps_logits)), tokens)  # type: ignore[arg-type, return-value]
+    def capture(self, size: int, keeps_hidden: bool) -> None:
+        result = self._hidden_states[:size] if keeps_hidden else torch.zeros(size, dtype=torch.int64)
+        self.graphs[size, keeps_hidden] = Graph(lambda: result.copy_(self.step(size, keeps_hidden)), result)  # type: ignore[arg-type, return-value]
 
 
 def replay_uncaptured(engine: Engine, max_batch_size: int) -> None:
@@ -71,5 +71,5 @@ def replay_uncaptured(engine: Engine, max_batch_size: int) -> None:
     runner.graphs = UncapturedGraphs(runner.model, runner.kv_cache, runner.slots, None, max_batch_size)
     runner.graphs.sizes = list(range(1, max_batch_size + 1))
     for size in runner.graphs.sizes:
-        for keeps_logits in (False, True):
-            runner.graphs.capture(size, keeps_logits)
+        for keeps_hidden in (False, True):
+            runner.graphs.capture(size, keeps_hidden)

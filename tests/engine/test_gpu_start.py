@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from lmdeploy.engine import warm_up
+from lmdeploy.engine.client import ThreadClient
+from lmdeploy.engine.config import EngineConfig
+from lmdeploy.engine.core import Engine
+from lmdeploy.errors import ConfigError
 from lmdeploy.models.base import CausalLM
 from lmdeploy.models.config import load_config
 from lmdeploy.models.moe_config import MLAConfig
@@ -27,7 +32,7 @@ def test_a_capture_that_fails_when_idle_ends_the_captures_and_not_the_engine(
     assert graphs is not None
     del graphs.graphs[2, False]
 
-    def fail(self: UncapturedGraphs, size: int, keeps_logits: bool) -> None:
+    def fail(self: UncapturedGraphs, size: int, keeps_hidden: bool) -> None:
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(UncapturedGraphs, "capture", fail)
@@ -60,9 +65,46 @@ class Shape:
     ],
     ids=str,
 )
-def test_the_plan_counts_the_buffers_of_every_form_of_attention(
+def test_the_plan_counts_rotary_tables_and_the_buffers_of_every_form_of_attention(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], floats: int
 ) -> None:
     monkeypatch.setattr(warm_up, "has_gpu_kernels", lambda: True)
     model: CausalLM = Shape(tiny_llama, **changes)  # type: ignore[assignment]
-    assert warm_up.buffer_bytes_of(model, 8, 8192) == 8 * 32 * floats * 4
+    tables = 2 * 8192 * (16 // 2) * 4
+    assert warm_up.buffer_bytes_of(model, 8, 8192) == 8 * 32 * floats * 4 + tables
+    monkeypatch.setattr(warm_up, "has_gpu_kernels", lambda: False)
+    assert warm_up.buffer_bytes_of(model, 8, 8192) == tables
+
+
+def test_the_thread_that_runs_the_steps_starts_the_runner(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, bool]] = []
+    start = Engine.start_runner
+
+    def start_runner(engine: Engine, model: CausalLM) -> None:
+        started.append((threading.current_thread().name, model.dtype == torch.float32))
+        start(engine, model)
+
+    monkeypatch.setattr(Engine, "start_runner", start_runner)
+    client = ThreadClient(tiny_llama, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
+    assert started == [("lmdeploy-engine", True)]
+    assert client.stats()["num_free_blocks"] == 8
+    assert client.info.load_s > 0
+    client.close()
+    make_engine(tiny_llama)
+    assert started[1:] == [(threading.current_thread().name, True)]
+
+
+def test_a_start_that_fails_is_the_callers_and_leaves_no_thread(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(engine: Engine, model: CausalLM) -> None:
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(Engine, "start_runner", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError, match="no room"):
+        ThreadClient(tiny_llama, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert set(threading.enumerate()) <= before
+    assert not caplog.records

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from lmdeploy.engine import warm_up
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.memory import MIB, MemoryPlan, activation_bytes, device_memory, plan_memory
 from lmdeploy.errors import ConfigError
@@ -17,7 +20,10 @@ from tests.tiny_model import make_tiny_llama
 
 WEIGHTS = 3603 * MIB  # 1,889,110,016 parameters in 16 bit
 WEIGHTS_4BIT = 1481 * MIB  # linears of the layers in 4 bit with a scale and a zero per 128
-RUNTIME = 60 * MIB  # of what the plan adds for kernels and graphs
+PACKED_WEIGHTS = 1488 * MIB  # as they are stored here
+RUNTIME = 183 * MIB  # of what the plan adds for kernels, graphs and cuBLAS
+CONTEXT = 621 * MIB  # of CUDA on an H100, before the first tensor
+LOADED = 7 * MIB  # kernels that made the weights, and small weights' segments
 OVERHEAD = 918 * MIB  # driver and activations together, as the published figures have it
 
 
@@ -119,16 +125,43 @@ def test_copies_of_quantized_weights_take_a_part_of_the_pool_or_are_made_for_eac
     internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch, share: float | None, is_kept: bool
 ) -> None:
     see(monkeypatch, 40960 * MIB, WEIGHTS_4BIT)
-    copies, largest = 2880 * MIB, 64 * MIB
+    copies, piece = 2880 * MIB, 64 * MIB
     without = plan(internlm2, share, WEIGHTS_4BIT)
-    with_copies = plan(internlm2, share, WEIGHTS_4BIT, copy_bytes=(copies, largest), buffer_bytes=100 * MIB)
+    with_copies = plan(
+        internlm2, share, WEIGHTS_4BIT, copy_bytes=(copies, piece), buffer_bytes=lambda *sizes: 100 * MIB
+    )
     assert with_copies.copy_bytes == (copies if is_kept else 0)
-    taken = 100 * MIB + (0 if is_kept else largest)
+    taken = 100 * MIB + (0 if is_kept else piece)
     assert with_copies.activation_bytes - without.activation_bytes == taken
     if share is not None and share < 1:
         free = 40960 * MIB - WEIGHTS_4BIT - with_copies.copy_bytes
         assert with_copies.num_blocks == int(free * share) // with_copies.block_bytes
     assert ("16-bit copies of weights", "2,880 MiB") in with_copies.rows() or not is_kept
+
+
+@pytest.mark.parametrize(("weights", "limit_mib"), [(WEIGHTS, 4872), (PACKED_WEIGHTS, 2788)])
+def test_a_small_share_stays_below_the_published_figures_with_the_default_batch(
+    internlm2: ModelConfig, monkeypatch: pytest.MonkeyPatch, weights: int, limit_mib: int
+) -> None:
+    monkeypatch.setenv("LMDEPLOY_DEVICE_MEMORY", "40960MiB")
+    monkeypatch.setattr(warm_up, "has_gpu_kernels", lambda: True)
+    see(monkeypatch, 81559 * MIB, CONTEXT + weights + LOADED)
+    model: Any = SimpleNamespace(config=internlm2, dtype=torch.bfloat16)
+    buffers = partial(warm_up.buffer_bytes_of, model)
+    pieces = (0, 0) if weights == WEIGHTS else (2880 * MIB, 8192 * internlm2.hidden_size * 2)
+    made = plan(internlm2, 0.01, weights, max_batch_size=256, copy_bytes=pieces, buffer_bytes=buffers)
+    assert made.max_batch_size >= 60
+    assert made.max_tokens_per_step >= 448
+    assert 0.98 * limit_mib < made.peak_bytes / MIB < limit_mib
+
+
+@pytest.mark.parametrize(("tokens", "requests", "mib"), [(8192, 0, 480), (8192, 64, 480 + 22.6), (64, 256, 3 * 90.4)])
+def test_logits_come_when_the_activations_of_layers_are_gone(
+    internlm2: ModelConfig, tokens: int, requests: int, mib: float
+) -> None:
+    assert activation_bytes(internlm2, torch.bfloat16, tokens, requests) / MIB == pytest.approx(mib, rel=1e-3)
+    with_piece = activation_bytes(internlm2, torch.bfloat16, tokens, requests, 64 * MIB) / MIB
+    assert with_piece - mib == pytest.approx(64 if tokens == 8192 else 0, abs=0.5)
 
 
 def test_a_limit_below_what_is_used_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from lmdeploy.kernels.cuda import dense, skinny_gemm, wide_gemm
 from lmdeploy.kernels.cuda.skinny_gemm import MAX_TOKENS, Weight
 
 _GROUP_SIZES = (32, 64, 128)
+_ROWS_AT_ONCE = 8192  # of a copy that is made for a product: tiles of them and 256 tokens fill the device
 _EMBEDDED_AT_ONCE = 256  # each row unpacks the 16 of its tile
 
 
@@ -44,6 +45,11 @@ class PackedAffine:
     def num_bytes(self) -> int:
         """Bytes of the packed weight, without the copy."""
         return self.weight.data.nbytes
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the copy that are made at a time, where it is not kept."""
+        return _ROWS_AT_ONCE
 
     def keep_copy(self, dtype: torch.dtype) -> None:
         """Make the copy and keep it."""
@@ -87,6 +93,9 @@ def linear(
             x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
         )
     x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+    is_plain = bias is None and residual is None and out_dtype in (None, x.dtype)
+    if w.copy is None and w.n > _ROWS_AT_ONCE and is_plain and not invariant.applies(len(x)):
+        return _matmul_in_pieces(x, w.weight)
     return dense.matmul(x, _copy(w, x.dtype), bias, residual, out_dtype)
 
 
@@ -139,6 +148,16 @@ def _is_wide(x: Tensor, w: PackedAffine) -> bool:
 def _is_skinny(x: Tensor) -> bool:
     """Whether x has few enough tokens for mma.sync, whose order of summation differs from 8 tokens to 32."""
     return len(x) <= MAX_TOKENS and not invariant.applies(len(x))
+
+
+def _matmul_in_pieces(x: Tensor, w: Weight) -> Tensor:
+    """x W^T, by a copy of some rows at a time, which takes little memory and stays in the L2 cache."""
+    out = x.new_empty(len(x), w.n)
+    for start in range(0, w.n, _ROWS_AT_ONCE):
+        rows = skinny_gemm.dequantize(w, x.dtype, start, min(start + _ROWS_AT_ONCE, w.n))
+        torch.mm(x, rows.T, out=out[:, start : start + len(rows)])
+        del rows  # or there would be two of them
+    return out
 
 
 def _copy(w: PackedAffine, dtype: torch.dtype) -> Tensor:

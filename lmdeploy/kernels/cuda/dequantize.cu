@@ -1,24 +1,18 @@
 // Packed 4-bit units (see skinny_gemm.cu) -> a plain 16-bit matrix [N,K]: one warp per unit of 16 rows x 128 columns,
-// 16-byte loads and stores. Macros: GROUP, ZERO, FP16 as there.
-typedef unsigned int u32;
-typedef unsigned short u16;
+// 16-byte loads and stores. The weight may be some tiles of rows out of `tiles`. Macros: GROUP, ZERO, FP16 as there.
+// Functions that are not here are in common.cuh.
+#include "common.cuh"
+
 #define GROUPS (128 / GROUP)
 #define UNIT (1024 + 64 * GROUPS)
 
-__device__ __forceinline__ float half2f(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
-#if FP16
-__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
-#else
-__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
-#endif
-
 extern "C" __global__ void __launch_bounds__(256)
-dequantize(const char* __restrict__ w, u16* __restrict__ y, int N, int K) {
+dequantize(const char* __restrict__ w, u16* __restrict__ y, int N, int K, int tiles) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, NT = (N + 15) >> 4, KU = K >> 7;
   const long long number = (long long)blockIdx.x * 8 + (threadIdx.x >> 5);
   if (number >= (long long)NT * KU) return;
   const int ku = (int)(number % KU), tile = (int)(number / KU);       // a block writes along rows
-  const char* unit = w + ((long long)ku * NT + tile) * UNIT;
+  const char* unit = w + ((long long)ku * tiles + tile) * UNIT;
   const uint4 first = *(const uint4*)(unit + lane * 16), second = *(const uint4*)(unit + 512 + lane * 16);
   const u32 words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
 #pragma unroll

@@ -13,7 +13,11 @@ from torch import Tensor
 NUM_COUNTERS = 1 << 16
 
 
-@cache
 def counters(device: torch.device) -> Tensor:
-    """[NUM_COUNTERS] int32 zeros. The first call for a device must not fall into the capture of a graph."""
+    """[NUM_COUNTERS] int32 zeros of the current stream, whose first call must not fall into the capture of a graph."""
+    return _counters(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)

@@ -13,3 +13,23 @@ def test_skinny_gemm(number: int) -> None:
     from benchmarks.skinny_gemm import check
 
     assert check(number) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [8192, 8200, 20000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_copies_in_pieces_multiply_as_a_whole_one(rows: int, dtype: torch.dtype) -> None:
+    from benchmarks.skinny_gemm import make_weight
+    from lmdeploy.kernels.cuda import affine, skinny_gemm
+
+    torch.manual_seed(rows)
+    w, _ = make_weight(rows, 256, 128, zeros=True)
+    whole = skinny_gemm.dequantize(w, dtype)
+    assert torch.equal(skinny_gemm.dequantize(w, dtype, 48, 100), whole[48:100])
+    assert torch.equal(skinny_gemm.dequantize(w, dtype, 32), whole[32:])
+    for tokens in (65, 300):
+        x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
+        packed = affine.PackedAffine(w)
+        in_pieces = affine.linear(x, packed).double()
+        packed.keep_copy(dtype)
+        for expected in (affine.linear(x, packed).double(), x.double() @ whole.double().T):
+            assert (in_pieces - expected).abs().max() <= 1e-2 * expected.abs().max()
