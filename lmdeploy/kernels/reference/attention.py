@@ -210,6 +210,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, spec: AttentionS
     """q: [B, n, H, D] at positions [B, n]; k, v: [B, Hkv, c, D] at 0 .. c-1. Returns [B, n, H, Dv]."""
     batch, count, heads, dim = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
+    if k.device.type == "cpu":  # in 16 bits oneDNN would compile the products of every length: invariant.padded_rows
+        k, v = k.float(), v.float()
     grouped = q.view(batch, count, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
     scores = (grouped.to(k.dtype) @ k.transpose(-1, -2)).float().view(batch, kv_heads, group, count, -1) * spec.scale
     if spec.softcap is not None:
