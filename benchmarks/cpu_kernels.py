@@ -11,33 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lmdeploy.bench.roofline import least_seconds, measure_read_bandwidth
 from lmdeploy.kernels import cpu
 from lmdeploy.kernels.cpu.build import use_target
 from lmdeploy.kernels.spec import AttentionSpec
 from lmdeploy.layers.context import ForwardContext, KVCache
 
+RUNS = 6  # of each measurement at least
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, BLOCK = 576, 1536, 9, 3, 64, 49152, 30, 64
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-
-
-def least_seconds(run: Callable[[], object], budget_s: float) -> float:
-    """The shortest of as many runs as fit the budget, five at least."""
-    run()
-    best, end, count = float("inf"), time.perf_counter() + budget_s, 0
-    while count < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-        count += 1
-    return best
 
 
 def random_weight(n: int, k: int, bits: int) -> cpu.PackedAffine:
@@ -143,12 +131,6 @@ class Machine:
         return Row(name, 1e6 * seconds, 1e6 * max(memory, compute), unit, rate / seconds / 1e9)
 
 
-def measure_machine(threads: int, budget_s: float, peak: float | None) -> Machine:
-    big = torch.ones(64 << 20, dtype=torch.int32)
-    seconds = least_seconds(lambda: big.sum(), budget_s)
-    return Machine(big.numel() * 4 / seconds, peak or 470e9 * threads)
-
-
 def kernel_rows(machine: Machine, budget_s: float) -> list[Row]:
     """Every linear shape at several batch sizes. Copies of the weight are cycled so that it comes from memory."""
     rows = []
@@ -157,12 +139,12 @@ def kernel_rows(machine: Machine, budget_s: float) -> list[Row]:
         copies = [random_weight(n, k, bits) for _ in range(2 if name == "head" else 120)]
         for tokens in (1, 8) if name == "head" else (1, 8, 64, 512):
             x, turn = torch.randn(tokens, k).bfloat16(), iter(range(1 << 30))
-            seconds = least_seconds(lambda: cpu.linear(x, copies[next(turn) % len(copies)]), budget_s)  # noqa: B023
+            seconds = least_seconds(lambda: cpu.linear(x, copies[next(turn) % len(copies)]), RUNS, budget_s)  # noqa: B023
             rows.append(machine.row(f"{name} {n}x{k} M={tokens}", seconds, copies[0].num_bytes, 2.0 * n * k * tokens))
     pairs = [(random_weight(2 * INTERMEDIATE, HIDDEN, 4), random_weight(HIDDEN, INTERMEDIATE, 4)) for _ in range(40)]
     for tokens in (1, 8, 64, 512):
         x, turn = torch.randn(tokens, HIDDEN).bfloat16(), iter(range(1 << 30))
-        seconds = least_seconds(lambda: cpu.gated_mlp(x, *pairs[next(turn) % len(pairs)], "silu"), budget_s)  # noqa: B023
+        seconds = least_seconds(lambda: cpu.gated_mlp(x, *pairs[next(turn) % len(pairs)], "silu"), RUNS, budget_s)  # noqa: B023
         num_bytes = sum(w.num_bytes for w in pairs[0])
         rows.append(machine.row(f"gated_mlp M={tokens}", seconds, num_bytes, 6.0 * HIDDEN * INTERMEDIATE * tokens))
     return rows + attention_rows(machine, budget_s)
@@ -185,7 +167,7 @@ def attention_rows(machine: Machine, budget_s: float) -> list[Row]:
         operations = 4.0 * HEADS * HEAD_DIM * batch * queries * (past + (queries + 1) / 2)
         half_rate = Machine(machine.bandwidth, machine.peak / 2)  # bfloat16 products
         name = f"attention B={batch} new={queries} cached={past}"
-        rows.append(half_rate.row(name, least_seconds(run, budget_s), num_bytes, operations))
+        rows.append(half_rate.row(name, least_seconds(run, RUNS, budget_s), num_bytes, operations))
     return rows
 
 
@@ -200,7 +182,7 @@ def step_rows(machine: Machine, budget_s: float, dense: bool) -> list[Row]:
         ctx = context(batch, queries, past, torch.bfloat16, LAYERS)
         tokens = batch * queries
         ids, cos, sin = torch.randint(0, VOCAB, (tokens,)), torch.ones(tokens, 32), torch.zeros(tokens, 32)
-        seconds = least_seconds(lambda: model.step(ids, ctx, cos, sin), 4 * budget_s)  # noqa: B023
+        seconds = least_seconds(lambda: model.step(ids, ctx, cos, sin), RUNS, 4 * budget_s)  # noqa: B023
         kv_bytes = 4.0 * batch * past * KV_HEADS * HEAD_DIM * LAYERS
         operations = 2.0 * weights * tokens + 2.0 * VOCAB * HIDDEN * batch
         row = machine.row(
@@ -222,9 +204,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    peak = args.peak_gops * 1e9 if args.peak_gops else None
+    peak = 1e9 * (args.peak_gops or 470 * args.threads)
     with use_target(args.target) if args.target != "native" else nullcontext(), torch.inference_mode():
-        machine = measure_machine(args.threads, args.seconds, peak)
+        machine = Machine(measure_read_bandwidth(torch.device("cpu")), peak)
         header = f"{cpu.instruction_set()}, {args.threads} threads, reads {machine.bandwidth / 1e9:.1f} GB/s"
         rows = [] if args.only == "steps" else kernel_rows(machine, args.seconds)
         rows += [] if args.only == "kernels" else step_rows(machine, args.seconds, args.dense)

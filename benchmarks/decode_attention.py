@@ -10,17 +10,14 @@ that rotates and stores in front of it.
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import DEVICE, Limits, copies_for, replay_us
+from benchmarks.gpu import DEVICE, Limits, compile_all, copies_for, replay_us
 from lmdeploy.kernels.cuda import decode_attention as kernel
-from lmdeploy.kernels.cuda import nvrtc
 from lmdeploy.kernels.cuda.decode_attention import Shape
-from lmdeploy.kernels.cuda.skinny_gemm import arch
 from lmdeploy.kernels.spec import AttentionSpec
 from lmdeploy.kernels.triton import decode_attention as sibling
 from lmdeploy.kernels.triton.rope_store import rope_store
@@ -71,8 +68,7 @@ def measure(heads: tuple[int, int, int], batch: int, context: int, bits: int, ot
     cos, sin = torch.rand(2, batch, heads[2] // 2, device=DEVICE)
     candidates = shapes(kernel.choose_shape(layers[0][0], spec, batch), others)
     variants = [kernel.variant_of(qkv, heads[2], *layers[0], spec, shape) for shape in candidates]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda variant: nvrtc.cubin("decode_attention.cu", variant.macros(), arch()), variants))
+    compile_all("decode_attention.cu", [variant.macros() for variant in variants])
     floor = limits.floor_us(step_bytes)
     line = f"{heads[0]:2}/{heads[1]:<2} kv {bits:2} B={batch:<4} context {context:<6} floor {floor:6.1f} us |"
     for shape in candidates:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode_step qwen2.5-1.5b --quant awq --kv 4 --batch 1 64 --context 640
 
-The step's time is that of many replays in a row, without a profiler. Below it, per kernel: launches, mean time and share of the
-step; `before` is the mean time between the end of whatever ran before and its start, negative where the two overlap.
+The step's time is the median of some rows of replays, without a profiler. Below it, per kernel: launches, mean time and share
+of the step; `before` is the mean time between the end of whatever ran before and its start, negative where the two overlap.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from statistics import mean, median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu import elapsed_us
-from lmdeploy.bench.roofline import DecodeFloor, measure_read_bandwidth
+from benchmarks.gpu import Limits, elapsed_us
+from lmdeploy.bench.roofline import decode_floor
 from lmdeploy.bench.shapes import shape_folder, shape_overrides
 from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.core import Engine
-from lmdeploy.engine.graphs import DecodeGraphs, Graph
-from lmdeploy.engine.memory import kv_bytes_per_token
+from lmdeploy.engine.graphs import Graph
 from lmdeploy.messages import QuantPolicy
 
-REPLAYS, PROFILED = 40, 3
+REPLAYS, PROFILED = 8, 3
 
 
-def graph_of(engine: Engine, size: int, context: int) -> tuple[DecodeGraphs, Graph]:
+def graph_of(engine: Engine, size: int, context: int) -> Graph:
     """The graph of `size` requests of `context` tokens, each on blocks of its own."""
     graphs, slots = engine.runner.graphs, engine.runner.slots
     assert graphs is not None
@@ -43,18 +42,7 @@ def graph_of(engine: Engine, size: int, context: int) -> tuple[DecodeGraphs, Gra
     graph = graphs.graphs[size, False]
     graphs.replay(size, graph)
     torch.cuda.synchronize()
-    return graphs, graph
-
-
-def step_us(graph: Graph) -> float:
-    """Median over runs of replays one behind the other."""
-    count = REPLAYS // 5
-
-    def replay() -> None:
-        for _ in range(count):
-            graph.replay()
-
-    return median(elapsed_us(replay) / count for _ in range(5))
+    return graph
 
 
 def kernel_table(graph: Graph, us: float) -> str:
@@ -102,14 +90,13 @@ def main() -> None:
         hf_overrides=shape_overrides(options.quant),
     )
     engine = Engine(shape_folder(options.shape), config)
-    bandwidth = measure_read_bandwidth(torch.device("cuda"))
-    kv_bytes = kv_bytes_per_token(engine.model_config, torch.bfloat16, policy)
-    floor = DecodeFloor(bandwidth, engine.info.weight_bytes, kv_bytes)
+    limits = Limits.measure()
+    floor = decode_floor(engine.model_config, engine.info, policy, limits.bandwidth, limits.flops)
     layers = engine.model_config.num_layers
     try:
         for size in options.batch:
-            _, graph = graph_of(engine, size, options.context)
-            us = step_us(graph)
+            graph = graph_of(engine, size, options.context)
+            us = median(elapsed_us(graph.replay, REPLAYS) for _ in range(5))
             rate, limit = size / us * 1e6, floor.tokens_per_s(size, options.context)
             print(
                 f"{options.shape} {options.quant or 'bf16'} kv {options.kv or 16} B={size}: {us:.1f} us a step, "

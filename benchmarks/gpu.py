@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lmdeploy.bench.roofline import measure_read_bandwidth
+from lmdeploy.kernels.cuda.nvrtc import KernelError, cubin
+from lmdeploy.kernels.cuda.skinny_gemm import arch
 
 DEVICE = torch.device("cuda")
 ROTATED_BYTES = 256 << 20  # several times what a second-level cache holds
@@ -43,14 +46,15 @@ class Limits:
         return 1e6 * max(num_bytes / self.bandwidth, flops / self.flops)
 
 
-def elapsed_us(work: Call) -> float:
-    """Microseconds that the device takes for what work launches."""
+def elapsed_us(work: Call, times: int = 1) -> float:
+    """Microseconds that the device takes for what work launches, on average over so many times in a row."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    work()
+    for _ in range(times):
+        work()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end)) * 1e3
+    return float(start.elapsed_time(end)) * 1e3 / times
 
 
 def replay_us(calls: Sequence[Call], replays: int = 9) -> float:
@@ -82,6 +86,19 @@ def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
                 call()
     graph.replay()
     return graph, rounds * len(calls)
+
+
+def compile_all(source: str, variants: Iterable[Mapping[str, object]]) -> list[bool]:
+    """Compile a file of lmdeploy/kernels/cuda with each set of macros, all at once; whether it compiles."""
+
+    def compiles(macros: Mapping[str, object]) -> bool:
+        try:
+            return bool(cubin(source, macros, arch()))
+        except KernelError:
+            return False
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(compiles, variants))
 
 
 def copies_for(num_bytes: float, most: int = 256) -> int:

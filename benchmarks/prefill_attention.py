@@ -63,7 +63,7 @@ def launches(query_lens: list[int], context_lens: list[int], spec: AttentionSpec
     sizes = (max(query_lens), max(context_lens))
     ragged = (starts_q, tables, lengths, *sizes, sum(context_lens), spec)
     found: dict[str, Launch] = {
-        "own": lambda: own.prefill_attention(q, *plain, None, starts_q, tables, lengths, sizes[0], spec, dtype=dtype),
+        "own": lambda: own.prefill_attention(q, *plain, starts_q, tables, lengths, sizes[0], spec),
         "Triton": lambda: prefill_attention(q, *plain, *ragged, may_use_torch=False),
         "int8": partial(prefill_attention, q.half(), *quantized, *ragged, cu_seqlens_k=starts_k, dtype=dtype),
         "FA2": lambda: torch.ops.aten._flash_attention_forward(

@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
+from itertools import compress
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import DEVICE, Limits, copies_for, guarded, replay_us, show, write, write_tilings
+from benchmarks.gpu import DEVICE, Limits, compile_all, copies_for, guarded, replay_us, show, write, write_tilings
 from lmdeploy.kernels.cuda import skinny_gemm as sg
 from lmdeploy.kernels.cuda.epilogue import ACTIVATIONS, GATED, Epilogue
-from lmdeploy.kernels.cuda.nvrtc import KernelError, cubin
+from lmdeploy.kernels.cuda.nvrtc import KernelError
 from lmdeploy.kernels.reference.basic import gated_activation, rms_norm
 from lmdeploy.quantization.packing import AffineTensor
 
@@ -120,40 +120,13 @@ def candidates(n: int, k: int, m: int, unit: int, gated: bool, norm: bool, count
     return found
 
 
-def measure(
-    weights: list[sg.Weight], m: int, gated: bool, norm: bool, residual: bool, tiling: sg.Tiling | None
-) -> float:
-    n, k = weights[0].n, weights[0].k
-    x = torch.randn(m, k, device=DEVICE).bfloat16()
-    out = torch.zeros(m, n // 2 if gated else n, device=DEVICE, dtype=torch.bfloat16)
-    more = {"norm_weight": torch.ones(k, device=DEVICE).bfloat16(), "norm_eps": 1e-5} if norm and m <= 8 else {}
-    more |= {"activation": "silu" if gated else None, "residual": out if residual else None}
-    return replay_us([lambda w=w: sg.skinny_gemm(x, w, out=out, tiling=tiling, **more) for w in weights])
-
-
-def build(w: sg.Weight, m: int, gated: bool, norm: bool, residual: bool, tilings: list[sg.Tiling]) -> list[sg.Tiling]:
-    """Compile in parallel; those that compile."""
-
-    def one(tiling: sg.Tiling) -> bool:
-        epilogue = Epilogue(is_half=False, out_float=False, kind=GATED if gated else int(residual))
-        variant = sg.choose_variant(w, m, epilogue, norm and m <= 8, 0.0, tiling)
-        try:
-            cubin("skinny_gemm.cu", variant.macros(True), sg.arch())
-        except KernelError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(16) as pool:
-        return [tiling for tiling, is_fine in zip(tilings, pool.map(one, tilings), strict=True) if is_fine]
-
-
 class Case:
     """One shape and number of tokens, with weights enough to exceed the L2 cache."""
 
     def __init__(self, shape: tuple[int, int, int], m: int) -> None:
         n, k, gated = shape
         self.n, self.k, self.m, self.gated = n, k, m, bool(gated)
-        self.norm, self.residual = n in (6144, 2048, 28672, 17920), n in (4096, 1536)
+        self.norm, self.residual = m <= 8 and n in (6144, 2048, 28672, 17920), n in (4096, 1536)
         self.weights = make_weights(n, k)
 
     @property
@@ -162,18 +135,26 @@ class Case:
 
     def measure(self, tiling: sg.Tiling | None = None) -> float:
         """Microseconds, with the tiling that is chosen by default or another one."""
-        return measure(self.weights, self.m, self.gated, self.norm, self.residual, tiling)
+        x = torch.randn(self.m, self.k, device=DEVICE).bfloat16()
+        out = torch.zeros(self.m, self.n // 2 if self.gated else self.n, device=DEVICE, dtype=torch.bfloat16)
+        more = {"norm_weight": torch.ones(self.k, device=DEVICE).bfloat16(), "norm_eps": 1e-5} if self.norm else {}
+        more |= {"activation": "silu" if self.gated else None, "residual": out if self.residual else None}
+        return replay_us([lambda w=w: sg.skinny_gemm(x, w, out=out, tiling=tiling, **more) for w in self.weights])
 
     def default_tiling(self) -> sg.Tiling:
-        unit = self.weights[0].unit_bytes
-        return sg.choose_tiling(self.n, self.k, self.m, 4, unit, self.gated, self.norm and self.m <= 8)
+        return sg.choose_tiling(self.n, self.k, self.m, 4, self.weights[0].unit_bytes, self.gated, self.norm)
+
+    def macros(self, tiling: sg.Tiling) -> dict[str, object]:
+        epilogue = Epilogue(is_half=False, out_float=False, kind=GATED if self.gated else int(self.residual))
+        return sg.choose_variant(self.weights[0], self.m, epilogue, self.norm, 0.0, tiling).macros(True)
 
     def tune(self, shortest: float, budget: int) -> tuple[float, sg.Tiling]:
         """The shortest time and its tiling, of the default one and `budget` random ones."""
         draw = random.Random(f"4 {self.n} {self.k} {self.m}")
-        first, best, has_norm = self.weights[0], self.default_tiling(), self.norm and self.m <= 8
-        tried = candidates(self.n, self.k, self.m, first.unit_bytes, self.gated, has_norm, budget, draw)
-        for tiling in build(first, self.m, self.gated, self.norm, self.residual, tried):
+        best, unit = self.default_tiling(), self.weights[0].unit_bytes
+        tried = candidates(self.n, self.k, self.m, unit, self.gated, self.norm, budget, draw)
+        compiles = compile_all("skinny_gemm.cu", map(self.macros, tried))
+        for tiling in compress(tried, compiles):
             try:
                 us = self.measure(tiling)
             except (KernelError, RuntimeError) as error:

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu import DEVICE, Limits, replay_us, show, write, write_tilings
+from benchmarks.gpu import DEVICE, Limits, compile_all, replay_us, show, write, write_tilings
 from benchmarks.skinny_gemm import SHAPES, floor_us, make_weights
 from lmdeploy.kernels import gated_activation
-from lmdeploy.kernels.cuda import nvrtc, skinny_gemm, wide_gemm
+from lmdeploy.kernels.cuda import skinny_gemm, wide_gemm
 from lmdeploy.kernels.cuda.epilogue import GATED, Epilogue
 from lmdeploy.kernels.cuda.skinny_gemm import Weight
 from lmdeploy.kernels.cuda.wide_gemm import Tiling
@@ -74,19 +73,17 @@ class Case:
 
     def tune(self) -> tuple[float, Tiling]:
         """The shortest time, and its tiling."""
-        num_sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-        tried = list(wide_gemm.tilings(self.n, self.k, self.weights[0].unit_bytes, self.is_gated, num_sms))
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(self._compile, tried))
+        unit_bytes, num_sms = self.weights[0].unit_bytes, skinny_gemm.num_sms()
+        tried = list(wide_gemm.tilings(self.n, self.k, unit_bytes, self.is_gated, num_sms))
+        compile_all("wide_gemm.cu", map(self._macros, tried))
         times = [(self.time(lambda w, t=tiling: self.wide(w, t)), number) for number, tiling in enumerate(tried)]
         shortest, number = min(times)
         return shortest, tried[number]
 
-    def _compile(self, tiling: Tiling) -> None:
+    def _macros(self, tiling: Tiling) -> dict[str, object]:
         kind = GATED if self.is_gated else int(self.more["residual"] is not None)
         epilogue = Epilogue(is_half=False, out_float=False, kind=kind, has_bias=self.more["bias"] is not None)
-        variant = wide_gemm.choose_variant(self.weights[0], wide_gemm.tokens_of(self.m), epilogue, tiling)
-        nvrtc.cubin("wide_gemm.cu", variant.macros(), "sm_90a")
+        return wide_gemm.choose_variant(self.weights[0], wide_gemm.tokens_of(self.m), epilogue, tiling).macros()
 
 
 def main() -> None:

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 
 from lmdeploy.bench.latency import Tell, decode_rate
-from lmdeploy.bench.roofline import DecodeFloor, measure_read_bandwidth
+from lmdeploy.bench.roofline import decode_floor, measure_read_bandwidth, prefill_floor
 from lmdeploy.bench.shapes import shape_folder, shape_overrides
 from lmdeploy.bench.throughput import duration, steady_rate
 from lmdeploy.bench.timeline import Timeline, random_prompt, run_requests
 from lmdeploy.engine.client import ThreadClient
 from lmdeploy.engine.config import EngineConfig
-from lmdeploy.engine.memory import kv_bytes_per_token
 from lmdeploy.messages import QuantPolicy
-from lmdeploy.models.config import ModelConfig, load_config
+from lmdeploy.models.config import load_config
 
 PROMPT_TOKENS, OUTPUT_TOKENS, SESSION_LEN, MAX_BATCH = 512, 256, 8192, 256
 _PREFILL = (8, 4096)  # requests, tokens of each
+_MATMUL_FLOPS = 798e12  # of an H100 in 16 bits, measured with large products
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _measure(folder: Path, setting: Setting, bandwidth: float, starts: dict[str,
     starts[setting.name] = time.perf_counter() - started
     try:
         model = load_config(folder, config.hf_overrides)
-        floor = decode_floor(model, bandwidth, client.info.weight_bytes, setting.kv)
+        floor = decode_floor(model, client.info, setting.kv, bandwidth, _MATMUL_FLOPS)
         generator = random.Random(0)
 
         def run(count: int, prompt_tokens: int, output_tokens: int) -> list[Timeline]:
@@ -148,32 +148,13 @@ def _measure(folder: Path, setting: Setting, bandwidth: float, starts: dict[str,
             count, tokens = _PREFILL
             run(count, tokens, 1)
             rate = max(count * tokens / duration(run(count, tokens, 1)) for _ in range(2))
-            yield {"row": f"{setting.name} prefill", "tok_s": rate, "floor": prefill_floor(model, tokens)}
+            yield {
+                "row": f"{setting.name} prefill",
+                "tok_s": rate,
+                "floor": prefill_floor(model, tokens, _MATMUL_FLOPS),
+            }
     finally:
         client.close()
-
-
-_MATMUL_FLOPS = 798e12  # of an H100 in 16 bits, measured with large products
-
-
-def decode_floor(model: ModelConfig, bandwidth: float, weight_bytes: int, kv: QuantPolicy) -> DecodeFloor:
-    """weight_bytes: all that are stored; an embedding with a table of its own, in 16 bits, is not read."""
-    table = model.vocab_size * model.hidden_size
-    is_read = weight_bytes - (0 if model.tie_word_embeddings else 2 * table)
-    product_s = (model.num_layers * _layer_flops(model) + 2 * table) / _MATMUL_FLOPS
-    return DecodeFloor(bandwidth, is_read, kv_bytes_per_token(model, torch.bfloat16, kv), product_s)
-
-
-def prefill_floor(model: ModelConfig, tokens: int) -> float:
-    """Prompt tokens per second if all products ran at _MATMUL_FLOPS: weights once, causal attention on top."""
-    attention = 2 * model.num_heads * model.head_dim * tokens
-    return _MATMUL_FLOPS / (model.num_layers * (_layer_flops(model) + attention))
-
-
-def _layer_flops(model: ModelConfig) -> int:
-    """Of one token through the weights of one layer."""
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    return 2 * model.hidden_size * (heads + 3 * model.intermediate_size)
 
 
 def _wait_until_idle(client: ThreadClient) -> None:

@@ -20,12 +20,11 @@ from lmdeploy.errors import ConfigError
 PERCENTS = (50, 90, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
 _UNITS = {"ms": 1e-3, "s": 1.0}
-# Figures of a round that two servers are compared by; whether more is better.
-COMPARED = {
-    "output_tok_s": True, "requests_s": True, "goodput_s": True,
-    "ttft_p50_s": False, "ttft_p99_s": False, "tpot_p50_s": False, "tpot_p99_s": False, "itl_p99_s": False,
-    "e2e_p50_s": False, "e2e_p99_s": False,
-}  # fmt: skip
+# Figures of a round that two servers are compared by.
+COMPARED = (
+    "output_tok_s", "requests_s", "goodput_s", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "itl_p99_s",
+    "e2e_p50_s", "e2e_p99_s",
+)  # fmt: skip
 
 
 def parse_slo(text: str) -> dict[str, float]:

@@ -162,9 +162,8 @@ def _measure(args: argparse.Namespace, client: ThreadClient, path: Path, config:
 
     from lmdeploy.bench.latency import measure_latency
     from lmdeploy.bench.process_memory import peak_rss_bytes
-    from lmdeploy.bench.roofline import DecodeFloor, measure_read_bandwidth
+    from lmdeploy.bench.roofline import decode_floor, measure_read_bandwidth
     from lmdeploy.bench.throughput import measure_throughput
-    from lmdeploy.engine.memory import kv_bytes_per_token
     from lmdeploy.models.config import load_config
 
     sizes = (args.prompt_tokens, args.output_tokens, args.repeats)
@@ -172,12 +171,8 @@ def _measure(args: argparse.Namespace, client: ThreadClient, path: Path, config:
     throughput = measure_throughput(client, *sizes, tell, batch_size=args.batch_size)
     peak = peak_rss_bytes()  # before the bandwidth's buffer
     info = client.info
-    dtype = getattr(torch, info.dtype)
-    floor = DecodeFloor(
-        bandwidth=measure_read_bandwidth(torch.device(info.device)),
-        weight_bytes=info.weight_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(load_config(path, config.hf_overrides), dtype, config.quant_policy),
-    )
+    model, bandwidth = load_config(path, config.hf_overrides), measure_read_bandwidth(torch.device(info.device))
+    floor = decode_floor(model, info, config.quant_policy, bandwidth, is_gguf=path.is_file())
     context = args.prompt_tokens + args.output_tokens / 2
     single, batch = floor.tokens_per_s(1, context), floor.tokens_per_s(args.batch_size, context)
     figures = {**asdict(latency), **asdict(throughput)}

@@ -1,6 +1,6 @@
 // Rotation, cache write and attention of one new token per request: from its row of q, k and v to softmax(q k^T) v.
 //
-// Compiled by NVRTC without any header, one cubin per set of macros:
+// Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   D      elements of a head               GROUP  query heads that share a key-value head, at most 16
 //   KV_HEADS                                S      tokens of a block, a multiple of 16
 //   FP16   the model computes in fp16, else in bf16
@@ -28,9 +28,8 @@
 // an ordinary one: they are read while the kernel before still computes the row of q, k and v.
 // The warps of a team meet in shared memory, each head's sums in one of the blocks. Teams of one request meet in `partials`,
 // head by head, and the last to arrive adds them up in their order.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#define SHIFTED_HI
+#include "common.cuh"
 #define INFINITY_ __int_as_float(0x7f800000)
 
 #define NT ((GROUP + 7) / 8)                   // tiles of 8 heads
@@ -56,8 +55,6 @@ typedef unsigned long long u64;
 #define SUMS (WARPS * GROUP * RPITCH * 4)
 #define JOBS ((GROUP + 2 + WARPS - 1) / WARPS) // vectors of the new token that a warp turns
 
-__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
 __device__ __forceinline__ void lds128(u32 a, u32 (&v)[4]) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(a)); }
 __device__ __forceinline__ void lds64(u32 a, u32& x, u32& y) {
@@ -68,34 +65,20 @@ __device__ __forceinline__ void ldmatrix_trans(u32 a, u32 (&v)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(a)); }
 __device__ __forceinline__ u32 transposed(u32 x) {
   u32 v; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(x)); return v; }
-__device__ __forceinline__ void copy16(u32 dst, const char* src, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(bytes) : "memory"); }
-__device__ __forceinline__ float half2f(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
 __device__ __forceinline__ u32 two_halves(float a, float b) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
-__device__ __forceinline__ u32 two_bfloats(float a, float b) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 how) { u32 r; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(how)); return r; }
 __device__ __forceinline__ u32 minus_1024(u32 a) { u32 r; asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(0x64006400u)); return r; }
 __device__ __forceinline__ u32 sixteenth_minus_64(u32 a) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x2c002c00u), "r"(0xd400d400u)); return r; }
 __device__ __forceinline__ u32 sixteenth(u32 a) { u32 r; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(0x2c002c00u)); return r; }
 template <int MASK> __device__ __forceinline__ u32 and_magic(u32 w) {
   u32 r; asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(w), "n"(MASK), "n"(0x64006400)); return r; }
-__device__ __forceinline__ float exp2_(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
-__device__ __forceinline__ float low(u32 v) {         // of a pair in the type that products compute in
-#if INTS_FP16
-  return half2f(v);
-#else
-  return __uint_as_float(v << 16);
-#endif
-}
-__device__ __forceinline__ u32 two_computed(float a, float b) { return INTS_FP16 ? two_halves(a, b) : two_bfloats(a, b); }
-// In the model's type.
-__device__ __forceinline__ float model_low(u32 v) { return FP16 ? half2f(v) : __uint_as_float(v << 16); }
-__device__ __forceinline__ float model_high(u32 v) { return FP16 ? half2f(v >> 16) : __uint_as_float(v & 0xffff0000u); }
-__device__ __forceinline__ u32 two_of_model(float a, float b) { return FP16 ? two_halves(a, b) : two_bfloats(a, b); }
+// In the type that products compute in; lo, hi and pack16 are in the model's.
+__device__ __forceinline__ float low(u32 v) { return INTS_FP16 ? half2f(v) : lo(v); }
+__device__ __forceinline__ u32 two_computed(float a, float b) { return INTS_FP16 ? two_halves(a, b) : pack16(a, b); }
 __device__ __forceinline__ void unpack(uint2 v, float (&x)[4]) {
-  x[0] = model_low(v.x); x[1] = model_high(v.x); x[2] = model_low(v.y); x[3] = model_high(v.y); }
+  x[0] = lo(v.x); x[1] = hi(v.x); x[2] = lo(v.y); x[3] = hi(v.y); }
 __device__ __forceinline__ void round_to_model(float (&x)[4]) {
-  unpack(make_uint2(two_of_model(x[0], x[1]), two_of_model(x[2], x[3])), x); }
+  unpack(make_uint2(pack16(x[0], x[1]), pack16(x[2], x[3])), x); }
 __device__ __forceinline__ float cut_to_half(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
@@ -125,7 +108,7 @@ template <int PIECE> __device__ __forceinline__ void hadamard(float (&x)[4], int
 
 // A vector as it is stored: four elements' bytes in each lane, for 4 bits those of d and d + D / 2; and its scale and minimum.
 template <int FORM> __device__ __forceinline__ uint2 encode(const float (&x)[4], int lane, u32& params) {
-  if (FORM == 0) return make_uint2(two_of_model(x[0], x[1]), two_of_model(x[2], x[3]));
+  if (FORM == 0) return make_uint2(pack16(x[0], x[1]), pack16(x[2], x[3]));
   constexpr float levels = FORM == 1 ? 255.f : 15.f;
   const bool is_in = lane < D / 4;
   const float high = max_of_warp(is_in ? fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) : -INFINITY_);
@@ -211,9 +194,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
   float* sums = (float*)(smem + (APART ? RING : 0));  // of this block's warps, [WARPS][GROUP][RPITCH]
   // Of the team's warps, for this block's heads: [PARTS][SHARE][RPITCH]. Other blocks write them at any time.
   float* parts = CL == 1 ? sums : (float*)(smem + (APART ? RING + SUMS : RING > SUMS ? RING : SUMS));
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  NEXT_MAY_START();
   const int num_items = load_int(total) * KV_HEADS;
   int item = blockIdx.x / CL;
   if (item >= num_items) return;                      // there are others, which wait for the kernel before
@@ -367,9 +348,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
   };
 
   open(item);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  WAIT_FOR_PREVIOUS();
   load_row();
   while (item < num_items) {
     prepare();
@@ -518,7 +497,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
 #if INTS_FP16
         p[n][0] = transposed(two_halves(e[0], e[1])); p[n][1] = transposed(two_halves(e[2], e[3]));
 #else
-        p[n][0] = transposed(two_bfloats(e[0], e[1])); p[n][1] = transposed(two_bfloats(e[2], e[3]));
+        p[n][0] = transposed(pack16(e[0], e[1])); p[n][1] = transposed(pack16(e[2], e[3]));
 #endif
       }
       if (__any_sync(~0u, grew)) {
@@ -668,7 +647,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
       if (is_last) {
         hadamard<VPIECE>(x, lane, VPIECE_SCALE);       // back from the basis in which values are stored
         if (lane < D / 4)
-          *(uint2*)(out + ((long long)done.row * HEADS + q_head) * D + 4 * lane) = make_uint2(two_of_model(x[0], x[1]), two_of_model(x[2], x[3]));
+          *(uint2*)(out + ((long long)done.row * HEADS + q_head) * D + 4 * lane) = make_uint2(pack16(x[0], x[1]), pack16(x[2], x[3]));
       }
     }
     if (item < num_items) {                            // the merge's memory is free for the next item

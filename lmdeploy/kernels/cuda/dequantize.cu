@@ -1,16 +1,10 @@
 // Packed 4-bit units (see skinny_gemm.cu) -> a plain 16-bit matrix [N,K]: one warp per unit of 16 rows x 128 columns,
 // 16-byte loads and stores. Macros: GROUP, ZERO, FP16 as there.
-typedef unsigned int u32;
-typedef unsigned short u16;
+// Functions that are not here are in common.cuh.
+#include "common.cuh"
+
 #define GROUPS (128 / GROUP)
 #define UNIT (1024 + 64 * GROUPS)
-
-__device__ __forceinline__ float half2f(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
-#if FP16
-__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
-#else
-__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
-#endif
 
 extern "C" __global__ void __launch_bounds__(256)
 dequantize(const char* __restrict__ w, u16* __restrict__ y, int N, int K) {

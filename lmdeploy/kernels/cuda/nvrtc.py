@@ -1,6 +1,6 @@
 """CUDA C++ to cubins at run time without nvcc, kept in the cache folder. It launches nothing and knows no kernel.
 
-NVRTC comes with torch's CUDA wheels; kernels include no header, so no toolkit is needed.
+NVRTC comes with torch's CUDA wheels; kernels include nothing but common.cuh beside them, so no toolkit is needed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from lmdeploy import env
 
 SOURCES = Path(__file__).parent
+_COMMON = "common.cuh"  # what every kernel may include
 
 
 class KernelError(Exception):
@@ -26,12 +27,12 @@ class KernelError(Exception):
 def cubin(source: str, macros: Mapping[str, object], arch: str) -> bytes:
     """The compiled form of a file beside this one; thread-safe.
 
-    arch: such as sm_90a. The cache's key covers source, macros, arch and NVRTC's version. Raises KernelError.
+    arch: such as sm_90a. The cache's key covers the sources, macros, arch and NVRTC's version. Raises KernelError.
     """
     text = _source(source)
     options = [f"--gpu-architecture={arch}", "-std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in sorted(macros.items())]
-    key = hashlib.sha256("\0".join([text, _version(), *options]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([text, _source(_COMMON), _version(), *options]).encode()).hexdigest()[:32]
     path = env.cache_dir() / "cuda" / f"{key}.cubin"
     try:
         return path.read_bytes()
@@ -85,7 +86,10 @@ def _find() -> str:
 
 def _compile(text: str, options: list[str]) -> bytes:
     library, program, size = _library(), ctypes.c_void_p(), ctypes.c_size_t()
-    if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None):
+    header, name = (ctypes.c_char_p(word.encode()) for word in (_source(_COMMON), _COMMON))
+    if library.nvrtcCreateProgram(
+        ctypes.byref(program), text.encode(), b"kernel.cu", 1, ctypes.byref(header), ctypes.byref(name)
+    ):
         raise KernelError("NVRTC takes no program")
     try:
         arguments = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])

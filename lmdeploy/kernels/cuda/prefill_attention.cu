@@ -1,14 +1,11 @@
 // Causal attention of many new tokens per request over the blocked cache: softmax(q k^T) v, for Hopper (sm_90a).
 //
-// The new tokens are the last of their context. Compiled by NVRTC without any header, one cubin per set of macros:
-//   D          elements of a head: 64, 96 or 128       HEADS, KV_HEADS
-//   PACK       query heads of one key-value head that share a tile's rows, a power of two (row = query * PACK + head)
-//   WGS        warpgroups that compute, 64 rows each
-//   S          tokens of a block, or 0: keys and values are runs [tokens, KV_HEADS, D] that begin at starts_k
-//   BOX        tokens of one tensor copy: divides S and 128
-//   STAGES     tiles of the ring
-//   FP16       q, keys and values in fp16, else bf16    OUT_FP16
-//   WINDOW     1: a query sees no more than `window` keys, itself included
+// The new tokens are the last of their context. Compiled by NVRTC, one cubin per set of macros (functions that are not here
+// are in common.cuh):
+//   D          elements of a head: 64 or 128           HEADS, KV_HEADS
+//   WGS        warpgroups that compute, 64 queries each
+//   S          tokens of a block                       BOX        tokens of one tensor copy: divides S and 128
+//   STAGES     tiles of the ring                       FP16  0|1  all of them bf16 or fp16
 //
 // Structure (FlashAttention-3, https://arxiv.org/abs/2407.08608): a persistent block per SM. The first warpgroup gives its
 // registers away and moves data: warp 0 copies tiles of 128 keys or values into one ring in the order in which they are
@@ -20,22 +17,18 @@
 // K-major operand, V its MN-major one; both lie as the cache has them.
 // Keys are walked from the last tile to the first: only the first ones need a mask. A request's tiles are drawn the longest
 // first, heads of one key-value head beside each other. Every sum has an order of its own that nothing else changes.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-struct __align__(64) TensorMap { char opaque[128]; };
+#include "common.cuh"
 template <bool B> struct Flag { static constexpr bool value = B; };
 
 #define BN 128                                  // keys of a tile
-#define HALVES ((D + 63) / 64)
-#define QUERIES (64 / PACK)                     // of a warpgroup
+#define HALVES (D / 64)
+#define QUERIES 64                              // of a warpgroup
 #define TILE_QUERIES (QUERIES * WGS)
 #define Q_BYTES (64 * HALVES * 128)             // of a warpgroup
 #define KV_BYTES (BN * HALVES * 128)
 #define O_BYTES (64 * HALVES * 128)
 #define THREADS (128 * (WGS + 1))
-#define HEAD_TILES (HEADS / PACK)
-#define GROUP_TILES (HEADS / KV_HEADS / PACK)
+#define GROUP (HEADS / KV_HEADS)
 #define COPIES (BN / BOX * HALVES)
 #define L2_BYTES (24 << 20)                     // of keys and values that blocks walk at one time
 #define MINUS_INFINITY __int_as_float(0xff800000)
@@ -53,35 +46,6 @@ template <bool B> struct Flag { static constexpr bool value = B; };
 #define NUM_BARS (2 * STAGES + 2 * WGS + 4)
 #define DRAWN_AT (BARS_AT + (NUM_BARS * 8 + 31) / 32 * 32)
 
-#if FP16
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
-#if OUT_FP16
-#define PACK_OUT "cvt.rn.f16x2.f32 %0, %1, %2;"
-#else
-#define PACK_OUT "cvt.rn.bf16x2.f32 %0, %1, %2;"
-#endif
-
-__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ u32 packed(float a, float b) {
-  u32 r; asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
-__device__ __forceinline__ u32 packed_out(float a, float b) { u32 r; asm(PACK_OUT : "=r"(r) : "f"(b), "f"(a)); return r; }
-__device__ __forceinline__ float exp2_(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
-__device__ __forceinline__ void init(u32 bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
-__device__ __forceinline__ void arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
-__device__ __forceinline__ void expect(u32 bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void wait(u32 bar, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-  } while (!done);
-}
 __device__ __forceinline__ void copy4(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, int w) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];"
                :: "r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w) : "memory"); }
@@ -94,8 +58,6 @@ __device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile
 // ---- wgmma. Operands of a descriptor: address, bytes between halves (MN-major only), 1024 between groups of 8 rows, swizzle.
 __device__ __forceinline__ u64 described(u32 address, u32 halves_apart) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)(halves_apart >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62; }
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // The registers are operands so that nothing reads them any earlier.
 template <int LEFT, int N> __device__ __forceinline__ void wgmma_wait(float (&d)[N]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
@@ -106,63 +68,59 @@ template <int LEFT, int N> __device__ __forceinline__ void wgmma_wait(float (&d)
 #define F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define F32(d, i) F8(d, i), F8(d, i + 8), F8(d, i + 16), F8(d, i + 24)
 #define NAMES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES_48 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define NAMES_64 NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES_64 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+                          ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // S[64, 128] (+)= A[64, 16] B[128, 16]^T, both in shared memory.
 __device__ __forceinline__ void wgmma_qk(float (&s)[64], u64 a, u64 b, int add) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TY "." TY
                " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;}" : F32(s, 0), F32(s, 32) : "l"(a), "l"(b), "r"(add)); }
 
 // O[64, D] (+)= A[64, 16] B[16, D], A in registers.
 __device__ __forceinline__ void wgmma_pv(float (&o)[D / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int add) {
 #if D == 128
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TY "." TY
                " {" NAMES_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;}" : F32(o, 0), F32(o, 32)
-#elif D == 96
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %53, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE
-               " {" NAMES_48 "}, {%48,%49,%50,%51}, %52, p, 1, 1, 1;}" : F32(o, 0), F8(o, 32), F8(o, 40)
 #else
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TY "." TY
                " {" NAMES_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;}" : F32(o, 0)
 #endif
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add)); }
 
-// A drawn tile of queries of some heads of one request; queries = 0: there is none any more.
+// A drawn tile of queries of one head of one request; queries = 0: there is none any more.
 struct Drawn {
   int first_row, queries, position, context_len;   // position of the first query
-  int head, request, start_k, pad;
+  int head, request, pad[2];
 };
 
 __device__ __forceinline__ int last_tile(const Drawn& d) { return (min(d.context_len, d.position + TILE_QUERIES) - 1) / BN; }
-__device__ __forceinline__ int first_tile(const Drawn& d, int window) { return WINDOW ? max(0, d.position - window + 1) / BN : 0; }
 
 __device__ __forceinline__ Drawn read_drawn(u32 at) {
   Drawn d;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(d.first_row), "=r"(d.queries), "=r"(d.position), "=r"(d.context_len) : "r"(at));
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(d.head), "=r"(d.request), "=r"(d.start_k), "=r"(d.pad) : "r"(at + 16));
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(d.head), "=r"(d.request), "=r"(d.pad[0]), "=r"(d.pad[1]) : "r"(at + 16));
   return d;
 }
 __device__ __forceinline__ void write_drawn(u32 at, const Drawn& d) {
   asm volatile("st.shared.v4.u32 [%4], {%0,%1,%2,%3};" :: "r"(d.first_row), "r"(d.queries), "r"(d.position), "r"(d.context_len), "r"(at) : "memory");
-  asm volatile("st.shared.v4.u32 [%4], {%0,%1,%2,%3};" :: "r"(d.head), "r"(d.request), "r"(d.start_k), "r"(0), "r"(at + 16) : "memory");
+  asm volatile("st.shared.v4.u32 [%4], {%0,%1,%2,%3};" :: "r"(d.head), "r"(d.request), "r"(0), "r"(0), "r"(at + 16) : "memory");
 }
 // The number-th drawn tile, by every thread of a warp.
 __device__ __forceinline__ Drawn next_drawn(u32 smem, int number) {
   const u32 bars = smem + BARS_AT;
-  wait(TILE_FULL(number & 1), number >> 1 & 1);
+  wait_in_loop(TILE_FULL(number & 1), number >> 1 & 1);
   const Drawn d = read_drawn(smem + DRAWN_AT + 32 * (number & 1));
   __syncwarp();
   if (threadIdx.x % 32 == 0) arrive(TILE_EMPTY(number & 1));
   return d;
 }
 
-__device__ __forceinline__ void draw_tiles(u32 smem, int* counters, const int* starts_q, const int* starts_k,
+__device__ __forceinline__ void draw_tiles(u32 smem, int* counters, const int* starts_q,
                                            const int* context_lens, int batch) {
   const u32 bars = smem + BARS_AT;
   const int lane = threadIdx.x % 32;
   int first_request = -32, tiles_before = 0, total = 0;   // of the 32 requests that the lanes hold
-  int row = 0, q_len = 0, context_len = 0, start_k = 0, upto = 0;
+  int row = 0, q_len = 0, context_len = 0, upto = 0;
   for (int number = 0;; number++) {
     int tile = blockIdx.x;
     if (number) {
@@ -176,10 +134,7 @@ __device__ __forceinline__ void draw_tiles(u32 smem, int* counters, const int* s
       row = request < batch ? starts_q[request] : 0;
       q_len = request < batch ? starts_q[request + 1] - row : 0;
       context_len = request < batch ? context_lens[request] : 0;
-#if S == 0
-      start_k = request < batch ? starts_k[request] : 0;
-#endif
-      upto = (q_len + TILE_QUERIES - 1) / TILE_QUERIES * HEAD_TILES;
+      upto = (q_len + TILE_QUERIES - 1) / TILE_QUERIES * HEADS;
 #pragma unroll
       for (int apart = 1; apart < 32; apart *= 2) {
         const int other = __shfl_up_sync(~0u, upto, apart);
@@ -192,20 +147,19 @@ __device__ __forceinline__ void draw_tiles(u32 smem, int* counters, const int* s
       const int owner = __ffs(__ballot_sync(~0u, tile < tiles_before + upto)) - 1;
       d.request = first_request + owner;
       d.context_len = __shfl_sync(~0u, context_len, owner);
-      d.start_k = __shfl_sync(~0u, start_k, owner);
       const int length = __shfl_sync(~0u, q_len, owner), count = (length + TILE_QUERIES - 1) / TILE_QUERIES;
-      const int left = tile - tiles_before - __shfl_sync(~0u, upto, owner) + count * HEAD_TILES;
+      const int left = tile - tiles_before - __shfl_sync(~0u, upto, owner) + count * HEADS;
       // As many key-value heads at one time as L2 holds; of those, the longest tiles of all heads first.
       const int width = max(1, min(KV_HEADS, L2_BYTES / (d.context_len * D * 4)));
-      const int section = left / (width * GROUP_TILES * count), inside = left - section * (width * GROUP_TILES * count);
-      const int heads = min(width, KV_HEADS - section * width) * GROUP_TILES;
+      const int section = left / (width * GROUP * count), inside = left - section * (width * GROUP * count);
+      const int heads = min(width, KV_HEADS - section * width) * GROUP;
       const int query = (count - 1 - inside / heads) * TILE_QUERIES;
-      d.head = (section * width * GROUP_TILES + inside % heads) * PACK;
+      d.head = section * width * GROUP + inside % heads;
       d.first_row = __shfl_sync(~0u, row, owner) + query;
       d.queries = min(TILE_QUERIES, length - query);
       d.position = d.context_len - length + query;
     }
-    if (number > 1) wait(TILE_EMPTY(number & 1), (number >> 1 & 1) ^ 1);
+    if (number > 1) wait_in_loop(TILE_EMPTY(number & 1), (number >> 1 & 1) ^ 1);
     if (lane == 0) {
       write_drawn(smem + DRAWN_AT + 32 * (number & 1), d);
       arrive(TILE_FULL(number & 1));
@@ -225,7 +179,7 @@ __device__ __forceinline__ void copy_queries(u32 smem, const TensorMap* map) {
     if (!d.queries) break;
 #pragma unroll 1
     for (int w = 0; w < WGS; w++) {
-      wait(Q_EMPTY(w), number & 1 ^ 1);
+      wait_in_loop(Q_EMPTY(w), number & 1 ^ 1);
       if (threadIdx.x % 32 == 0) {
         expect(Q_FULL(w), Q_BYTES);
         for (int half = 0; half < HALVES; half++)
@@ -237,7 +191,7 @@ __device__ __forceinline__ void copy_queries(u32 smem, const TensorMap* map) {
 }
 
 __device__ __forceinline__ void copy_tiles(u32 smem, const TensorMap* k_map, const TensorMap* v_map, const int* tables,
-                                           int table_stride, int num_blocks, int window) {
+                                           int table_stride, int num_blocks) {
   const u32 bars = smem + BARS_AT;
   const int lane = threadIdx.x % 32;
   const int box = lane / HALVES * BOX, half = lane % HALVES;   // this lane's copy of a tile
@@ -247,39 +201,28 @@ __device__ __forceinline__ void copy_tiles(u32 smem, const TensorMap* k_map, con
   for (int number = 0;; number++) {
     const Drawn d = next_drawn(smem, number);
     if (!d.queries) break;
-    const int kv_head = d.head / (HEADS / KV_HEADS), last = last_tile(d), first = first_tile(d, window);
-#if S
+    const int kv_head = d.head / GROUP, last = last_tile(d);
     const int* table = tables + (long long)d.request * table_stride;
-    // Blocks of which no query of the tile sees anything are read as zeros.
-    const int from = WINDOW ? max(0, d.position - window + 1) : 0;
-    auto block_of = [&](int j) {
+    auto block_of = [&](int j) {                             // behind the context a block that is not there, read as zeros
       const int token = j * BN + box;
-      return lane < COPIES && token < d.context_len && token / S * S + S > from ? table[token / S] : num_blocks; };
-#else
-    auto block_of = [&](int j) { return 0; };
-#endif
+      return lane < COPIES && token < d.context_len ? table[token / S] : num_blocks; };
     auto copy = [&](const TensorMap* map, int j, int block) {
-      wait(EMPTY(slot), parity);
+      wait_in_loop(EMPTY(slot), parity);
       if (lane == 0) expect(FULL(slot), KV_BYTES);
       __syncwarp();
-#if S
-      const int token = (j * BN + box) % S;
-#else
-      const int token = d.start_k + j * BN + box;
-#endif
-      if (lane < COPIES) copy4(target + slot * KV_BYTES, map, FULL(slot), half * 64, token, kv_head, block);
+      if (lane < COPIES) copy4(target + slot * KV_BYTES, map, FULL(slot), half * 64, (j * BN + box) % S, kv_head, block);
       if (++slot == STAGES) slot = 0, parity ^= 1;
     };
-    int block = block_of(last), before = first < last ? block_of(last - 1) : 0;
+    int block = block_of(last), before = last > 0 ? block_of(last - 1) : 0;
     copy(k_map, last, block);
 #pragma unroll 1
-    for (int j = last - 1; j >= first; j--) {
-      const int next = j > first ? block_of(j - 1) : 0;
+    for (int j = last - 1; j >= 0; j--) {
+      const int next = j > 0 ? block_of(j - 1) : 0;
       copy(k_map, j, before);
       copy(v_map, j + 1, block);
       block = before, before = next;
     }
-    copy(v_map, first, block);
+    copy(v_map, 0, block);
   }
 }
 
@@ -293,31 +236,31 @@ __device__ __forceinline__ void store_output(u32 smem, const float (&o)[D / 2], 
   for (int i = 0; i < D / 8; i += 2) {
     const u32 at = mine + put_row * HALVES * 128 + (((i + lane / 16) ^ (put_row & 7)) << 4);
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
-                 :: "r"(at), "r"(packed_out(o[4 * i] * scale0, o[4 * i + 1] * scale0)),
-                    "r"(packed_out(o[4 * i + 2] * scale1, o[4 * i + 3] * scale1)),
-                    "r"(packed_out(o[4 * i + 4] * scale0, o[4 * i + 5] * scale0)),
-                    "r"(packed_out(o[4 * i + 6] * scale1, o[4 * i + 7] * scale1)) : "memory");
+                 :: "r"(at), "r"(pack16(o[4 * i] * scale0, o[4 * i + 1] * scale0)),
+                    "r"(pack16(o[4 * i + 2] * scale1, o[4 * i + 3] * scale1)),
+                    "r"(pack16(o[4 * i + 4] * scale0, o[4 * i + 5] * scale0)),
+                    "r"(pack16(o[4 * i + 6] * scale1, o[4 * i + 7] * scale1)) : "memory");
   }
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < D / 16; i++) {
     const int row = (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
-    const int of_group = warp * 16 + row, query = w * QUERIES + of_group / PACK;
+    const int query = w * QUERIES + warp * 16 + row;
     u32 v[4];
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(mine + row * HALVES * 128 + ((chunk ^ (row & 7)) << 4)));
     if (query < d.queries) {
-      u16* to = out + ((long long)(d.first_row + query) * HEADS + d.head + of_group % PACK) * D + chunk * 8;
+      u16* to = out + ((long long)(d.first_row + query) * HEADS + d.head) * D + chunk * 8;
       asm volatile("st.global.v4.u32 [%4], {%0,%1,%2,%3};" :: "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "l"(to) : "memory");
     }
   }
 }
 
-__device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale, int window) {
+__device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale) {
   const u32 bars = smem + BARS_AT;
   const int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + lane / 4;               // and row + 8
-  const int query0 = w * QUERIES + row / PACK, query1 = w * QUERIES + (row + 8) / PACK;
+  const int query0 = w * QUERIES + row, query1 = query0 + 8;
   const u64 q_desc = described(smem + w * Q_BYTES, 0);
   const u64 k_desc = described(smem + RING_AT, 0), v_desc = described(smem + RING_AT, BN * 128);
   int slot = 0;
@@ -329,7 +272,7 @@ __device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale, 
   for (int number = 0;; number++) {
     const Drawn d = next_drawn(smem, number);
     if (!d.queries) break;
-    const int last = last_tile(d), first = first_tile(d, window);
+    const int last = last_tile(d);
     const int position = d.position + w * QUERIES;           // of the warpgroup's first query
     const int limit0 = min(d.position + query0, d.context_len - 1), limit1 = min(d.position + query1, d.context_len - 1);
     float max0 = MINUS_INFINITY, max1 = MINUS_INFINITY, mass0 = 0.0f, mass1 = 0.0f, shrink0 = 1.0f, shrink1 = 1.0f;
@@ -354,11 +297,7 @@ __device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale, 
 #pragma unroll
       for (int i = 0; i < BN / 2; i++) {
         const int key = j * BN + i / 4 * 8 + lane % 4 * 2 + i % 2, limit = i & 2 ? limit1 : limit0;
-        bool hidden = key > limit;
-#if WINDOW
-        hidden = hidden || key <= limit - window;
-#endif
-        s[i] = hidden ? MINUS_INFINITY : s[i];
+        s[i] = key > limit ? MINUS_INFINITY : s[i];
       }
     };
     // s becomes 2^(scale (s - max)); how much what was summed before shrinks.
@@ -390,24 +329,24 @@ __device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale, 
     };
     auto pack = [&] {
 #pragma unroll
-      for (int i = 0; i < BN / 4; i++) p[i] = packed(s[2 * i], s[2 * i + 1]);
+      for (int i = 0; i < BN / 4; i++) p[i] = pack16(s[2 * i], s[2 * i + 1]);
     };
 
-    wait(Q_FULL(w), number & 1);
-    wait(FULL(slot), parity);
+    wait_in_loop(Q_FULL(w), number & 1);
+    wait_in_loop(FULL(slot), parity);
     wgmma_fence();
     multiply_qk();
     wgmma_wait<0>(s);
     release(slot);
-    if (last == first && lane == 0) arrive(Q_EMPTY(w));
+    if (lane == 0 && !last) arrive(Q_EMPTY(w));
     advance();
     mask(last);
     softmax(Flag<true>());
     pack();
     if ((last + 1) * BN > d.context_len) {
       // What lies behind the context was never written: it must not meet a probability of 0 as NaN.
-      const int values = (slot + (last > first)) % STAGES;
-      wait(FULL(values), parity ^ (slot + (last > first) >= STAGES));
+      const int values = (slot + (last > 0)) % STAGES;
+      wait_in_loop(FULL(values), parity ^ (slot + (last > 0) >= STAGES));
       for (int i = (d.context_len - last * BN) * 8 + thread; i < BN * 8; i += 128)
         for (int half = 0; half < HALVES; half++)
           asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};"
@@ -418,20 +357,20 @@ __device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale, 
 
     auto step = [&](int j, auto masked) {
       const int keys = slot;
-      wait(FULL(slot), parity);
+      wait_in_loop(FULL(slot), parity);
       named_sync(1 + w, 256);
       wgmma_fence();
       multiply_qk();
       advance();
       const int values = slot;
-      wait(FULL(slot), parity);
+      wait_in_loop(FULL(slot), parity);
       wgmma_fence();
       multiply_pv(j + 1 != last);
       named_arrive(1 + (w + 1) % WGS, 256);
       advance();
       wgmma_wait<1>(s);
       release(keys);
-      if (j == first && lane == 0) arrive(Q_EMPTY(w));
+      if (j == 0 && lane == 0) arrive(Q_EMPTY(w));
       if (decltype(masked)::value) mask(j);
       softmax(masked);
       wgmma_wait<0>(o);
@@ -442,19 +381,12 @@ __device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale, 
     };
     int j = last - 1;
 #pragma unroll 1
-    for (; j >= first && j * BN + BN - 1 > position; j--) step(j, Flag<true>());
-#if WINDOW
+    for (; j >= 0 && j * BN + BN - 1 > position; j--) step(j, Flag<true>());
 #pragma unroll 1
-    for (; j >= first && j * BN > position + QUERIES - 1 - window; j--) step(j, Flag<false>());
-#pragma unroll 1
-    for (; j >= first; j--) step(j, Flag<true>());
-#else
-#pragma unroll 1
-    for (; j >= first; j--) step(j, Flag<false>());
-#endif
-    wait(FULL(slot), parity);
+    for (; j >= 0; j--) step(j, Flag<false>());
+    wait_in_loop(FULL(slot), parity);
     wgmma_fence();
-    multiply_pv(last != first);
+    multiply_pv(last != 0);
     mass0 += __shfl_xor_sync(~0u, mass0, 1);
     mass1 += __shfl_xor_sync(~0u, mass1, 1);
     mass0 += __shfl_xor_sync(~0u, mass0, 2);
@@ -468,16 +400,16 @@ __device__ __forceinline__ void compute(u32 smem, int w, u16* out, float scale, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 prefill_attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                  const __grid_constant__ TensorMap v_map, u16* out, const int* starts_q, const int* starts_k,
+                  const __grid_constant__ TensorMap v_map, u16* out, const int* starts_q,
                   const int* context_lens, const int* tables, int* counters, int batch, int table_stride, int num_blocks,
-                  int window, float scale_log2) {
+                  float scale_log2) {
   extern __shared__ char raw[];
   const u32 smem = (smem_u32(raw) + 1023) & ~1023u, bars = smem + BARS_AT;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) init(FULL(i), 1), init(EMPTY(i), 4 * WGS);
     for (int i = 0; i < WGS; i++) init(Q_FULL(i), 1), init(Q_EMPTY(i), 4);
     for (int i = 0; i < 2; i++) init(TILE_FULL(i), 1), init(TILE_EMPTY(i), 4 * WGS + 2);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_inits();
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
@@ -488,8 +420,8 @@ prefill_attention(const __grid_constant__ TensorMap q_map, const __grid_constant
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
 #endif
     const int warp = threadIdx.x / 32;
-    if (warp == 0) copy_tiles(smem, &k_map, &v_map, tables, table_stride, num_blocks, window);
-    else if (warp == 1) draw_tiles(smem, counters, starts_q, starts_k, context_lens, batch);
+    if (warp == 0) copy_tiles(smem, &k_map, &v_map, tables, table_stride, num_blocks);
+    else if (warp == 1) draw_tiles(smem, counters, starts_q, context_lens, batch);
     else if (warp == 2) copy_queries(smem, &q_map);
   } else {
 #if WGS == 2
@@ -498,6 +430,6 @@ prefill_attention(const __grid_constant__ TensorMap q_map, const __grid_constant
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
 #endif
     // Read from one lane it is known to be the same in a warp: descriptors then live in uniform registers.
-    compute(smem, __shfl_sync(~0u, threadIdx.x / 128 - 1, 0), out, scale_log2, window);
+    compute(smem, __shfl_sync(~0u, threadIdx.x / 128 - 1, 0), out, scale_log2);
   }
 }

@@ -1,6 +1,6 @@
 // y[M,N] = norm(x)[M,K] W[N,K]^T (+ bias, + residual | activation(gate) * up)  for few tokens (M <= 64).
 //
-// Compiled by NVRTC without any header, one cubin per set of macros:
+// Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   GROUP 32..128  columns that share a scale (4 bits)     ZERO 1|0  an integer zero or a minimum per group (4 bits)
 //   FP16  0|1      activations bf16 or fp16                OUT32 0|1 y in float32
 //   MT    1..8     token tiles of 8                        TRW   tiles of 16 rows per warp
@@ -26,9 +26,9 @@
 // accumulators once per group, with the sum of x over the group coming from one more mma against ones. Weights are
 // never rounded. Each warp owns a private ring, filled before griddepcontrol.wait, and runs free of all other warps
 // until the final reduction, whose order is fixed: equal bits on every run.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#define QUOTIENT(a, b) ((a) / (b))
+#define SHIFTED_HI
+#include "common.cuh"
 
 #define WARPS (WN * WK)
 #define THREADS (WARPS * 32)
@@ -47,60 +47,24 @@ typedef unsigned long long u64;
 #define SUMS (!SUBTRACT)
 #define USE_TMP (!RESCALE)
 #if FP16
-#define TY "f16"
 #define ONES 0x3c003c00u
 #else
-#define TY "bf16"
 #define ONES 0x3f803f80u
 #endif
 
-__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ uint4 lds128(u32 a) {
-  uint4 v; asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a)); return v; }
-__device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
-// Activations come from the kernel before, which may still have run when this one began: only L2 is sure to be coherent.
-__device__ __forceinline__ uint4 ldg128(const void* p) {
-  uint4 v; asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v; }
-__device__ __forceinline__ float half2f(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
-#if FP16
-__device__ __forceinline__ float lo(u32 v) { return half2f(v); }
-__device__ __forceinline__ float hi(u32 v) { return half2f(v >> 16); }
-__device__ __forceinline__ u16 to16(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
-#else
-__device__ __forceinline__ float lo(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float hi(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-__device__ __forceinline__ u16 to16(float f) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
-#endif
-__device__ __forceinline__ float from16(u16 v) { return lo((u32)v); }
-__device__ __forceinline__ u32 pack16(float a, float b) { return (u32)to16(a) | (u32)to16(b) << 16; }
-__device__ __forceinline__ u32 times_gamma(u32 x, u32 gamma) {
-  u32 v = pack16(lo(x) * (lo(gamma) + NORM_OFFSET), hi(x) * (hi(gamma) + NORM_OFFSET));
+__device__ __forceinline__ u32 times_gamma(u32 x, u32 gamma) {      // compiles to other instructions with pack16
+  const float a = lo(x) * (lo(gamma) + NORM_OFFSET), b = hi(x) * (hi(gamma) + NORM_OFFSET);
+  u32 v = (u32)to16(a) | (u32)to16(b) << 16;
 #if FP16      // what is not divided by rms(x) yet may be too large for fp16: its largest number then, NaN stays
   asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0x7bff7bffu));
   asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0xfbfffbffu));
 #endif
   return v; }
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn." TY "x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
-
-template <int MASK, int MAGIC> __device__ __forceinline__ u32 andor(u32 w) {
-  u32 r; asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(w), "n"(MASK), "n"(MAGIC)); return r; }
 
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32." TY "." TY ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); }
 
-// 8 nibbles -> A fragment. Registers 0 and 2 belong to rows 0-7 of the tile, 1 and 3 to rows 8-15.
-// fp16: 1024 + q in the first rows, 1024 + 16 q in the others, one shift in all. bf16: 128 + q, exact in its 8 bits.
-__device__ __forceinline__ void integers(u32 w, u32 (&a)[4]) {
-#if FP16
-  const u32 v = w >> 8;
-  a[0] = andor<0x000f000f, 0x64006400>(w); a[1] = andor<0x00f000f0, 0x64006400>(w);
-  a[2] = andor<0x000f000f, 0x64006400>(v); a[3] = andor<0x00f000f0, 0x64006400>(v);
-#else
-  a[0] = andor<0x000f000f, 0x43004300>(w);      a[1] = andor<0x000f000f, 0x43004300>(w >> 4);
-  a[2] = andor<0x000f000f, 0x43004300>(w >> 8); a[3] = andor<0x000f000f, 0x43004300>(w >> 12);
-#endif
-}
 // integers() - BASE - z: z0, z1 hold -(BASE + z) of rows 0-7 and 8-15 twice
 __device__ __forceinline__ void subtract(u32 (&a)[4], u32 z0, u32 z1) {
 #if FP16
@@ -111,42 +75,10 @@ __device__ __forceinline__ void subtract(u32 (&a)[4], u32 z0, u32 z1) {
 #endif
 }
 
-__device__ __forceinline__ float activation(float v) {
-#if ACT == 0
-  return v / (1.f + __expf(-v));
-#elif ACT == 1
-  return 0.5f * v * (1.f + erff(v * 0.70710678f));
-#else
-  const float u = 0.79788456f * (v + 0.044715f * v * v * v);
-  return v / (1.f + __expf(-2.f * u));
-#endif
-}
-
-#if BULK
-__device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
-  asm volatile("{\n.reg .pred p;\nW_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra W_%=;\n}" :: "r"(bar), "r"(parity) : "memory"); }
-__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void bulk_copy(u32 dst, const char* src, u32 bytes, u32 bar, u64 policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      :: "r"(dst), "l"(src), "r"(bytes), "r"(bar), "l"(policy) : "memory"); }
-__device__ __forceinline__ float4 ldcluster(u32 a, u32 rank) {
-  float4 v; u32 r;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(r)); return v; }
 __device__ __forceinline__ float ldcluster1(u32 a, u32 rank) {
   float v; u32 r;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(r)); return v; }
-#define CLUSTER_SYNC() asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory")
-#define NEXT_MAY_START() asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
-#define WAIT_FOR_PREVIOUS() asm volatile("griddepcontrol.wait;" ::: "memory")
-#else
-__device__ __forceinline__ void copy16(u32 dst, const char* src) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory"); }
-#define NEXT_MAY_START()
-#define WAIT_FOR_PREVIOUS()
-#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, MINB)
 skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual, const u16* gamma, const u16* bias,
@@ -172,11 +104,10 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
 #if BULK
   __shared__ __align__(8) u64 bars[WARPS * STAGES];
   const u32 bar = smem_u32(bars + warp * STAGES);
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const u64 policy = evict_first();
   if (lane == 0) {
-    for (int s = 0; s < STAGES; s++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(bar + 8 * s) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int s = 0; s < STAGES; s++) init(bar + 8 * s, 1);
+    fence_inits();
   }
   __syncwarp();
 #endif
@@ -221,7 +152,7 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
         const int p = e & 15, row = e >> 4, un = row / (MT * 8), tok = row % (MT * 8), ku = k0 + j * WK + un;
         const u32 n = tok < M && ku < k1 ? 16 : 0;
         const u16* sp = n ? x + (long long)tok * ldx + ku * 128 + p * 8 : x;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(base + row * XROW + p * 16), "l"(sp), "r"(n) : "memory");
+        copy16(base + row * XROW + p * 16, sp, n);
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -270,7 +201,7 @@ skinny_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
     if (it + STAGES == nit || (it == 0 && nit < STAGES)) NEXT_MAY_START();
 #endif
 #if BULK
-    mbar_wait(bar + 8 * stage, parity);
+    wait(bar + 8 * stage, parity);
 #else
     asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 1) : "memory");
     __syncwarp();

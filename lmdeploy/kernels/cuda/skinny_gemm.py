@@ -197,9 +197,9 @@ def choose_variant(
     )
 
 
-def dequantize(w: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def dequantize(w: Weight, dtype: torch.dtype) -> Tensor:
     """The packed weight as a plain matrix [N, K] in fp16 or bf16."""
-    out = torch.empty(w.n, w.k, dtype=dtype, device=w.data.device) if out is None else out
+    out = torch.empty(w.n, w.k, dtype=dtype, device=w.data.device)
     kernel = _dequantize_kernel(w.group_size, w.has_zeros, dtype == torch.float16)
     kernel(-(-(w.data.shape[0] * w.data.shape[1]) // 8), (w.data, out, w.n, w.k))
     return out
@@ -207,9 +207,11 @@ def dequantize(w: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tens
 
 @functools.cache
 def choose_tiling(n: int, k: int, m: int, bits: int, unit_bytes: int, is_gated: bool, has_norm: bool) -> Tiling:
-    """The measured best for the shape where there is one for this GPU, else a rule."""
+    """The measured best for "bits:NxK:M", the next larger M, where there is one for this GPU, else a rule."""
+    major, minor = torch.cuda.get_device_capability()
+    table = tiling_table(f"tilings_sm{major}{minor}_{num_sms()}")
     for size in (1, 2, 4, 8, 16, 32, 64):
-        found = _table(num_sms()).get(f"{bits}:{n}x{k}:{size}")
+        found = table.get(f"{bits}:{n}x{k}:{size}")
         if size >= m and (size > 16) == (m > 16) and found is not None:
             tiling = Tiling(*found)
             if not (has_norm and tiling.x_stages) and not (is_gated and tiling.row_tiles % 2):
@@ -256,10 +258,9 @@ def block_shared_bytes() -> int:
 
 
 @functools.cache
-def _table(num_sms: int) -> dict[str, list[int]]:
-    """Measured tilings by "bits:NxK:M" for GPUs with that many SMs."""
-    major, minor = torch.cuda.get_device_capability()
-    path = Path(__file__).with_name(f"tilings_sm{major}{minor}_{num_sms}.json")
+def tiling_table(name: str) -> dict[str, list[int]]:
+    """The measured tilings of the JSON file of that name, which exists for some GPUs."""
+    path = Path(__file__).with_name(f"{name}.json")
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 

@@ -1,6 +1,6 @@
 // y[M,N] = norm(x)[M,K] W[N,K]^T (+ bias, + residual | activation(gate) * up) for 1 to 4 tokens; W plain rows of 16 bits.
 //
-// Compiled by NVRTC without any header, one cubin per set of macros:
+// Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   COLS          K, a multiple of 8                       TOK   tokens, padded to 1, 2 or 4
 //   WK,XV         warps along K; each lane holds XV 16-byte vectors of a row, WK * XV * 256 >= COLS
 //   WN            warps along a stage's rows               ROWS  rows of a stage, a multiple of WN (gated: of 2 as well)
@@ -20,9 +20,7 @@
 //
 // The ring takes nearly all of an SM's shared memory, so that no SM ever gets two blocks of a grid and another one none; as
 // one block ends, that of the next kernel takes its place and fills its ring while other SMs are still at work.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 #define WARPS (WK * WN)                     // and one that copies and finishes
 #define THREADS (WARPS * 32 + 32)
@@ -35,51 +33,7 @@ typedef unsigned long long u64;
 #define OUTS (EPI == 2 ? ROWS / 2 : ROWS)   // rows of y in a stage
 #define ADDENDS (EPI == 1 || BIAS)          // their sum for each of the block's outputs lies behind the ring, in float32
 
-__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ uint4 lds128(u32 a) {
-  uint4 v; asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a)); return v; }
-// What the kernel before has written is read past L1: this kernel may have begun before that one had ended.
-__device__ __forceinline__ uint4 ldg128(const void* p) {
-  uint4 v; asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v; }
 __device__ __forceinline__ u16 ldg16(const u16* p) { u16 v; asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
-#if FP16
-__device__ __forceinline__ float lo(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
-__device__ __forceinline__ float hi(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,b;}" : "=f"(f) : "r"(v)); return f; }
-__device__ __forceinline__ u16 to16(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
-#else
-__device__ __forceinline__ float lo(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float hi(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-__device__ __forceinline__ u16 to16(float f) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
-#endif
-__device__ __forceinline__ float from16(u16 v) { return lo((u32)v); }
-
-__device__ __forceinline__ float activation(float v) {
-#if ACT == 0
-  return __fdividef(v, 1.f + __expf(-v));
-#elif ACT == 1
-  return 0.5f * v * (1.f + erff(v * 0.70710678f));
-#else
-  const float u = 0.79788456f * (v + 0.044715f * v * v * v);
-  return __fdividef(v, 1.f + __expf(-2.f * u));
-#endif
-}
-
-__device__ __forceinline__ void arrive(u32 bar) { asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" :: "r"(bar) : "memory"); }
-__device__ __forceinline__ void init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
-#if BULK
-#define POLL "mbarrier.try_wait.parity.shared::cta.b64"
-#define NEXT_MAY_START() asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
-#define WAIT_FOR_PREVIOUS() asm volatile("griddepcontrol.wait;" ::: "memory")
-#else
-#define POLL "mbarrier.test_wait.parity.shared.b64"
-#define NEXT_MAY_START()
-#define WAIT_FOR_PREVIOUS()
-#endif
-__device__ __forceinline__ void wait(u32 bar, u32 parity) {
-  u32 done;
-  do asm volatile("{.reg .pred p; " POLL " p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-  while (!done);
-}
 
 // Sums of a[i] over the warp; lanes L with L >> (5 - log2 N) == i get that of a[i].
 template <int N, int O = 16> __device__ __forceinline__ float sum_over_lanes(float (&a)[N], int lane) {
@@ -115,14 +69,13 @@ stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
   if (threadIdx.x == WARPS * 32) {
     for (int s = 0; s < STAGES; s++) { init(full + 8 * s, BULK ? 1 : 32); init(empty + 8 * s, WARPS); }
 #if BULK
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_inits();
 #endif
   }
   if (warp == WARPS) {
     __syncwarp();
 #if BULK
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    const u64 policy = evict_first();
 #endif
     auto fetch = [&](int step, int slot) {
       const int row = first + step * OUTS, rows = min(OUTS, last - row);
@@ -130,18 +83,16 @@ stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
       const char* src = w + (long long)row * ROW_BYTES;
 #if BULK
       if (lane == 0) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(EPI == 2 ? 2 * bytes : bytes) : "memory");
+        expect(bar, EPI == 2 ? 2 * bytes : bytes);
 #pragma unroll
         for (int part = 0; part < (EPI == 2 ? 2 : 1); part++)
-          asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-              :: "r"(dst + part * (OUTS * ROW_BYTES)), "l"(src + (long long)part * outs * ROW_BYTES), "r"(bytes), "r"(bar), "l"(policy) : "memory");
+          bulk_copy(dst + part * (OUTS * ROW_BYTES), src + (long long)part * outs * ROW_BYTES, bytes, bar, policy);
       }
 #else
       for (u32 e = lane * 16; e < bytes; e += 512)
 #pragma unroll
         for (int part = 0; part < (EPI == 2 ? 2 : 1); part++)
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-              :: "r"(dst + part * (OUTS * ROW_BYTES) + e), "l"(src + (long long)part * outs * ROW_BYTES + e) : "memory");
+          copy16(dst + part * (OUTS * ROW_BYTES) + e, src + (long long)part * outs * ROW_BYTES + e);
       asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(bar) : "memory");
 #endif
     };
@@ -168,7 +119,7 @@ stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
     int slot = 0; u32 parity = 0;
 #pragma unroll 1
     for (int step = 0; step < count; step++) {
-      wait(empty + 8 * slot, parity);
+      wait_in_loop(empty + 8 * slot, parity);
       float value = 0.f; [[maybe_unused]] float up = 0.f;
       const float* p = partial[slot][lane < OUTS * TOK ? lane : 0];
 #pragma unroll
@@ -254,7 +205,7 @@ stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residu
   int slot = 0; u32 parity = 0;
 #pragma unroll 1
   for (int step = 0; step < count; step++) {
-    wait(full + 8 * slot, parity);
+    wait_in_loop(full + 8 * slot, parity);
     float acc[SUMS];
 #pragma unroll
     for (int r = 0; r < RPW; r++) {

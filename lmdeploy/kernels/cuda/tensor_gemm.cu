@@ -1,6 +1,6 @@
 // y[M,N] = x[M,K] W[N,K]^T (+ bias, + residual | activation(gate) * up) for up to 256 tokens; W plain rows of 16 bits; sm_90a.
 //
-// Compiled by NVRTC without any header, one cubin per set of macros:
+// Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   NW     rows of W of a warpgroup, a multiple of 8 (gated: of 16, half of them gates), up to 256
 //   MT     token tiles of 64                               XROWS  rows of x that are copied, a multiple of 8 up to 64 MT
 //   WGN    warpgroups along W's rows, for each token tile
@@ -17,11 +17,7 @@
 // ring, x before W in each stage; W's boxes of the first round are requested before griddepcontrol.wait. Rows of x that
 // are not copied are whatever lies there, and give rows of y that nobody stores. With CL > 1 each block of a
 // cluster has a part of K, and finishes a part of the columns. Every sum has a fixed order: equal bits on every run.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-struct __align__(64) Map { char bytes[128]; };
+#include "common.cuh"
 
 #define NB (NW * WGN)                        // rows of W of a block
 #define CONSUMERS (128 * MT * WGN)
@@ -34,46 +30,15 @@ struct __align__(64) Map { char bytes[128]; };
 #define OUT_ROWS (WGN * OUTS * 8)
 #define SLACK (XROWS < 64 ? 8192 : 0)        // behind the ring, since a token tile is read as a whole
 #define PART ((OUTS + CL - 1) / CL)          // of those, what a block of the cluster finishes at most
-#if FP16
-#define TY "f16"
-#else
-#define TY "bf16"
-#endif
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 
-__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ u32 ldg32(const u16* p) { u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
-#if FP16
-__device__ __forceinline__ float lo(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
-__device__ __forceinline__ float hi(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,b;}" : "=f"(f) : "r"(v)); return f; }
-#else
-__device__ __forceinline__ float lo(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float hi(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-#endif
-__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn." TY "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 
-__device__ __forceinline__ float activation(float v) {
-#if ACT == 0
-  return __fdividef(v, 1.f + __expf(-v));
-#elif ACT == 1
-  return 0.5f * v * (1.f + erff(v * 0.70710678f));
-#else
-  const float u = 0.79788456f * (v + 0.044715f * v * v * v);
-  return __fdividef(v, 1.f + __expf(-2.f * u));
-#endif
-}
-
-__device__ __forceinline__ void init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
-__device__ __forceinline__ void arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
-__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void wait(u32 bar, u32 parity) {
-  asm volatile("{\n.reg .pred p;\nW_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra W_%=;\n}" :: "r"(bar), "r"(parity) : "memory"); }
-__device__ __forceinline__ void copy_box(u32 dst, const Map* map, int column, int row, u32 bar, u64 policy) {
+__device__ __forceinline__ void copy_box(u32 dst, const TensorMap* map, int column, int row, u32 bar, u64 policy) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
       :: "r"(dst), "l"(map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory"); }
-__device__ __forceinline__ float4 lds128(u32 a) {
+__device__ __forceinline__ float4 lds_float4(u32 a) {
   float4 v; asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a)); return v; }
 __device__ __forceinline__ void stcluster(u32 a, u32 rank, float x, float y, float z, float w) {
   u32 r;
@@ -91,7 +56,7 @@ __device__ __forceinline__ void wgmma(float (&d)[NW / 2], u64 a, u64 b) {
       : ACCUMULATORS : "l"(a), "l"(b)); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, void* y, const u16* residual,
+tensor_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ TensorMap xmap, void* y, const u16* residual,
             const u16* __restrict__ bias, int M, int N, int K, int ldy) {
   extern __shared__ __align__(1024) char smem[];
   __shared__ __align__(8) u64 bars[2 * STAGES];
@@ -100,8 +65,8 @@ tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, 
   const int rank = CL > 1 ? blockIdx.x % CL : 0, row0 = blockIdx.x / CL * OUT_ROWS, outs = EPI == 2 ? N / 2 : N;
   const int total = (K + 64 * KS - 1) / (64 * KS), s0 = rank * total / CL, steps = (rank + 1) * total / CL - s0;
 
-  u64 stream, keep;      // W is read once, x by every block
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(stream));
+  const u64 stream = evict_first();      // W is read once, x by every block
+  u64 keep;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
   auto copy_w = [&](int step, int slot) {
     const u32 bar = full + 8 * slot;
@@ -126,7 +91,7 @@ tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, 
   };
   if (tid == CONSUMERS) {
     for (int s = 0; s < STAGES; s++) { init(full + 8 * s, 1); init(empty + 8 * s, CONSUMERS / 32); }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_inits();
     for (int s = 0; s < STAGES && s < steps; s++) copy_w(s, s);
     asm volatile("prefetch.tensormap [%0];" :: "l"(&xmap) : "memory");
   }
@@ -135,8 +100,8 @@ tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, 
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");      // it runs: its shared memory may be written
 #endif
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  NEXT_MAY_START();
+  WAIT_FOR_PREVIOUS();
 
   // This thread's tokens are token0 and token0 + 8, its columns of y column0, column0 + 1 and those 8, 16, ... behind; it
   // finishes chunks c0 .. c1 of 8 columns. The residual is fetched now.
@@ -173,7 +138,7 @@ tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, 
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
       wait(full + 8 * slot, parity);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      wgmma_fence();
 #pragma unroll
       for (int i = 0; i < KS; i++) {
         const u64 a = descriptor(tokens + slot * STAGE_BYTES + i * XBYTES);
@@ -181,7 +146,7 @@ tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, 
 #pragma unroll
         for (int j = 0; j < 4; j++) wgmma(d, a + 2 * j, b + 2 * j);
       }
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      wgmma_commit();
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
       if (step > 0 && lane == 0) arrive(empty + 8 * before);
       before = slot;
@@ -244,7 +209,7 @@ tensor_gemm(const __grid_constant__ Map wmap, const __grid_constant__ Map xmap, 
       for (int r = 0; r < CL; r++)
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
-          const float4 q = lds128(parts + (((r * PART + i) * HALVES + h) * CONSUMERS + tid) * 16);
+          const float4 q = lds_float4(parts + (((r * PART + i) * HALVES + h) * CONSUMERS + tid) * 16);
           v[h][0] += q.x; v[h][1] += q.y; v[h][2] += q.z; v[h][3] += q.w;
         }
       finish(c0 + i, v[0], v[HALVES - 1], added[EPI == 1 ? i : 0]);

@@ -9,17 +9,17 @@ import torch
 
 from lmdeploy.kernels.cuda.driver import check, driver
 
-_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
-_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by its bytes
+_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_SWIZZLE_128B = 3  # CUtensorMapSwizzle
 _L2_256B = 3  # CUtensorMapL2promotion
 _BYTES, _ALIGNMENT = 128, 64
 
 
 class TensorMap:
-    """CUtensorMap of a tensor of up to five dimensions; what lies outside of it is read as zero.
+    """CUtensorMap of a tensor of 16-bit numbers and up to five dimensions; what lies outside of it is read as zero.
 
     sizes, box: elements along each dimension, the contiguous one first; strides: bytes between neighbours of every
-    dimension but the first, multiples of 16. swizzle: bytes of a row of the box in shared memory, or 0. Raises KernelError.
+    dimension but the first, multiples of 16. A row of the box is 128 bytes, swizzled in shared memory. Raises KernelError.
     """
 
     def __init__(
@@ -29,8 +29,6 @@ class TensorMap:
         sizes: Sequence[int],
         strides: Sequence[int],
         box: Sequence[int],
-        *,
-        swizzle: int = 128,
     ) -> None:
         rank = len(sizes)
         self._memory = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
@@ -46,7 +44,7 @@ class TensorMap:
             (ctypes.c_uint32 * rank)(*box),
             (ctypes.c_uint32 * rank)(*[1] * rank),
             ctypes.c_int(0),
-            ctypes.c_int(_SWIZZLES[swizzle]),
+            ctypes.c_int(_SWIZZLE_128B),
             ctypes.c_int(_L2_256B),
             ctypes.c_int(0),
         )

@@ -1,12 +1,11 @@
 // y[M,N] = x[M,K] W[N,K]^T (+ bias, + residual | activation(gate) * up)  over packed 4-bit weights, up to 64 tokens, sm_90a.
 //
-// Compiled by NVRTC without any header, one cubin per set of macros:
+// Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   GROUP 32..128  columns that share a scale              ZERO  1|0  an integer zero or a minimum per group
 //   FP16  0|1      activations bf16 or fp16                OUT32 0|1  y in float32
 //   NT    8..64    tokens of a tile, M rounded up          WT     tiles of 64 rows per warpgroup
 //   WN,WK          warpgroups along N and K                STAGES depth of the ring, in units of 128 columns
 //   CL             cluster size: K split over blocks that add up through distributed shared memory
-//   TRIG  0|2      when the next kernel may start: at once, or with the last copies
 //   EPI   0 nothing, 1 add residual, 2 activation(gate) * up: rows 0..N/2 are gates, the others ups, y is [M,N/2]
 //   ACT   0 silu, 1 gelu, 2 gelu_tanh                      BIAS  0|1
 //
@@ -20,9 +19,7 @@
 // griddepcontrol.wait. Nibbles become exact integers minus their zero, times the group's scale, all in 16 bits: in
 // fp16 that is the weight's 16-bit copy to the bit, in bf16 the scale is rounded once more. The sums over WK and CL are taken
 // in fixed order; a row of y depends on its row of x alone.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 #define CONSUMERS (WN * WK * 128)              // threads that multiply
 #define THREADS (CONSUMERS + 128)
@@ -37,50 +34,11 @@ typedef unsigned long long u64;
 #define PLANE (NT / 8 * 128)                   // bytes of 8 columns of x: a column of core matrices
 #define TASKS (NT / 8)                         // loads of 16 bytes per lane and unit of x
 #define BATCH (TASKS < 8 ? TASKS : 8)
-#if FP16
-#define TY "f16"
-#else
-#define TY "bf16"
-#endif
 
-__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ uint4 lds128(u32 a) {
-  uint4 v; asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a)); return v; }
-__device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" :: "r"(a), "r"(v) : "memory"); }
-// Activations come from the kernel before, which may still have run when this one began: only L2 is sure to be coherent.
-__device__ __forceinline__ uint4 ldg128(const void* p) {
-  uint4 v; asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v; }
-__device__ __forceinline__ float half2f(u32 v) { float f; asm("{.reg .b16 a,b; mov.b32 {a,b},%1; cvt.f32.f16 %0,a;}" : "=f"(f) : "r"(v)); return f; }
-#if FP16
-__device__ __forceinline__ float from16(u16 v) { return half2f(v); }
-__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(r) : "f"(a), "f"(b)); return r; }
-#else
-__device__ __forceinline__ float from16(u16 v) { return __uint_as_float((u32)v << 16); }
-__device__ __forceinline__ u32 pack16(float a, float b) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(r) : "f"(a), "f"(b)); return r; }
-#endif
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn." TY "x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) { u32 r; asm("mul.rn." TY "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
-template <int MASK, int MAGIC> __device__ __forceinline__ u32 andor(u32 w) {
-  u32 r; asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(w), "n"(MASK), "n"(MAGIC)); return r; }
 
-__device__ __forceinline__ void mbar_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
-__device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
-  asm volatile("{\n.reg .pred p;\nW_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra W_%=;\n}" :: "r"(bar), "r"(parity) : "memory"); }
-__device__ __forceinline__ void mbar_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
-__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void bulk_copy(u32 dst, const char* src, u32 bytes, u32 bar, u64 policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      :: "r"(dst), "l"(src), "r"(bytes), "r"(bar), "l"(policy) : "memory"); }
-__device__ __forceinline__ float4 ldcluster(u32 a, u32 rank) {
-  float4 v; u32 r;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(r)); return v; }
-#define CLUSTER_SYNC() asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory")
 #define CONSUMERS_SYNC() asm volatile("bar.sync 1, %0;" :: "n"(CONSUMERS) : "memory")
-#define NEXT_MAY_START() asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
-#define WAIT_FOR_PREVIOUS() asm volatile("griddepcontrol.wait;" ::: "memory")
 
 // d[64 x NT] += A[64 x 16] B[16 x NT]: A in registers, B by its descriptor.
 #define C4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -103,8 +61,6 @@ __device__ __forceinline__ void wgmma(float (&d)[NREG], const u32 (&a)[4], u64 b
   WGMMA("64", P32, "%32,%33,%34,%35}, %36", C16(0), C16(16));
 #endif
 }
-#define WGMMA_FENCE() asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
-#define WGMMA_COMMIT() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
 #define WGMMA_WAIT(n) asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory")
 
 // What turns the nibbles of one row and group into weights: zero holds -(base + zero) twice, scale and rest twice.
@@ -132,36 +88,16 @@ __device__ __forceinline__ Params params_of(u32 v, bool high) {
   return p;
 }
 
-// 8 nibbles -> A fragment. Registers 0 and 2 belong to rows 0-7 of the tile (p0), 1 and 3 to rows 8-15 (p1).
-// fp16: 1024 + q in the first rows, 1024 + 16 q in the others, one shift in all. bf16: 128 + q, exact in its 8 bits.
+// 8 nibbles -> A fragment: rows 0-7 of the tile by p0, rows 8-15 by p1.
 __device__ __forceinline__ void weights(u32 w, const Params& p0, const Params& p1, u32 (&a)[4]) {
-#if FP16
-  const u32 v = w >> 8;
-  const u32 one0 = 0x3c003c00u, one1 = 0x2c002c00u;
-  a[0] = andor<0x000f000f, 0x64006400>(w); a[1] = andor<0x00f000f0, 0x64006400>(w);
-  a[2] = andor<0x000f000f, 0x64006400>(v); a[3] = andor<0x00f000f0, 0x64006400>(v);
-#else
-  const u32 one0 = 0x3f803f80u, one1 = one0;
-  a[0] = andor<0x000f000f, 0x43004300>(w);      a[1] = andor<0x000f000f, 0x43004300>(w >> 4);
-  a[2] = andor<0x000f000f, 0x43004300>(w >> 8); a[3] = andor<0x000f000f, 0x43004300>(w >> 12);
-#endif
+  integers(w, a);
+  constexpr u32 one0 = FP16 ? 0x3c003c00u : 0x3f803f80u, one1 = FP16 ? 0x2c002c00u : one0;
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     const Params& p = j & 1 ? p1 : p0;
     a[j] = fma2(a[j], j & 1 ? one1 : one0, p.zero);
     a[j] = ZERO ? mul2(a[j], p.scale) : fma2(a[j], p.scale, p.rest);
   }
-}
-
-__device__ __forceinline__ float activation(float v) {
-#if ACT == 0
-  return __fdividef(v, 1.f + __expf(-v));
-#elif ACT == 1
-  return 0.5f * v * (1.f + erff(v * 0.70710678f));
-#else
-  const float u = 0.79788456f * (v + 0.044715f * v * v * v);
-  return __fdividef(v, 1.f + __expf(-2.f * u));
-#endif
 }
 
 // capacity: tiles of 16 rows that a stage has room for, the most that a block has. vectors: rows of y and residual are
@@ -182,8 +118,7 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
   const u32 wfull = smem_u32(bars), xfull = wfull + 8 * STAGES, empty = xfull + 8 * STAGES;
 
   const char* src = w + ((long long)k0 * tiles + t0) * UNIT;
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const u64 policy = evict_first();
   auto fetch = [&](int s) {
     const u32 dst = wring + s * stage_bytes;
     expect(wfull + 8 * s, flat * UNIT);
@@ -192,13 +127,11 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
     src += (long long)tiles * UNIT;
   };
   if (tid == CONSUMERS) {
-    for (int s = 0; s < STAGES; s++) { mbar_init(wfull + 8 * s, 1); mbar_init(xfull + 8 * s, 4); mbar_init(empty + 8 * s, WN * 4); }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int s = 0; s < STAGES; s++) { init(wfull + 8 * s, 1); init(xfull + 8 * s, 4); init(empty + 8 * s, WN * 4); }
+    fence_inits();
     for (int s = 0; s < STAGES && s < nk; s++) fetch(s);
   }
-#if TRIG == 0
   NEXT_MAY_START();
-#endif
   __syncthreads();
 
   if (tid >= CONSUMERS) {      // loads; a task is 8 tokens x 32 columns of x
@@ -221,11 +154,8 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
     auto store = [&](int item, const uint4 (&v)[BATCH]) {
       const int part = item % PARTS;
       if (part == 0) {
-        mbar_wait(empty + 8 * s, parity);
+        wait(empty + 8 * s, parity);
         if (tid == CONSUMERS && item >= STAGES * PARTS) fetch(s);
-#if TRIG == 2
-        if (item + PARTS >= nk * PARTS) NEXT_MAY_START();
-#endif
       }
       const u32 base = xring + s * XU + lane * 4;
 #pragma unroll
@@ -237,7 +167,7 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
       if (part == PARTS - 1) {
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
-        if (lane == 0) mbar_arrive(xfull + 8 * s);
+        if (lane == 0) arrive(xfull + 8 * s);
         if (++s == STAGES) { s = 0; parity ^= 1; }
       }
     };
@@ -273,7 +203,7 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
     int s = wk, last = -1;
     u32 parity = 0;
     uint4 next = make_uint4(0, 0, 0, 0);      // the nibbles of the batch to come
-    if (wk < nk) { mbar_wait(wfull + 8 * s, 0); next = lds128(wring + s * stage_bytes + tile[0] + lane * 16); }
+    if (wk < nk) { wait(wfull + 8 * s, 0); next = lds128(wring + s * stage_bytes + tile[0] + lane * 16); }
 #pragma unroll 1
     for (int j = wk; j < nk; j += WK) {
       const u32 st = wring + s * stage_bytes;
@@ -296,16 +226,16 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
             weights(i ? q.z : q.x, p0, p1, a[2 * i]);
             weights(i ? q.w : q.y, p0, p1, a[2 * i + 1]);
           }
-          if (half == 0 && r == 0) mbar_wait(xfull + 8 * s, parity);
-          WGMMA_FENCE();
+          if (half == 0 && r == 0) wait(xfull + 8 * s, parity);
+          wgmma_fence();
 #pragma unroll
           for (int i = 0; i < 4; i++) wgmma(acc[r], a[i], desc + (half * 4 + i) * (PLANE >> 3));
-          WGMMA_COMMIT();
+          wgmma_commit();
           if (half == 0) next = lds128(st + tile[r] + 512 + lane * 16);
           else if (r < WT - 1) next = lds128(st + tile[r + 1 < WT ? r + 1 : 0] + lane * 16);
-          else if (j + WK < nk) { mbar_wait(wfull + 8 * after, turned); next = lds128(wring + after * stage_bytes + tile[0] + lane * 16); }
+          else if (j + WK < nk) { wait(wfull + 8 * after, turned); next = lds128(wring + after * stage_bytes + tile[0] + lane * 16); }
           WGMMA_WAIT(1);
-          if (half == 0 && r == 0 && last >= 0 && lane == 0) mbar_arrive(empty + 8 * last);
+          if (half == 0 && r == 0 && last >= 0 && lane == 0) arrive(empty + 8 * last);
         }
       }
       last = s; s = after; parity = turned;

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from lmdeploy.kernels.cuda import nvrtc
 from lmdeploy.kernels.cuda.driver import Kernel
 from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
-from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, has_vectors, num_sms
+from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, has_vectors, num_sms, tiling_table
 
 FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm; fewer it multiplies as well
 _ARCH = "sm_90a"
@@ -38,7 +36,6 @@ class Tiling:
     stages: int
     cluster: int
     row_blocks: int
-    trigger: int = 0
 
     @property
     def capacity(self) -> int:
@@ -66,7 +63,7 @@ class Variant:
         t = self.tiling
         return {
             "GROUP": self.group_size, "ZERO": int(self.has_zeros), "NT": self.tokens, "WT": t.row_tiles,
-            "WN": t.groups_n, "WK": t.groups_k, "STAGES": t.stages, "CL": t.cluster, "TRIG": t.trigger,
+            "WN": t.groups_n, "WK": t.groups_k, "STAGES": t.stages, "CL": t.cluster,
             **self.epilogue.macros(),
         }  # fmt: skip
 
@@ -122,8 +119,8 @@ def tokens_of(m: int) -> int:
 
 @functools.cache
 def choose_tiling(n: int, k: int, unit_bytes: int, is_gated: bool) -> Tiling:
-    """The measured best for the shape where there is one for this GPU, else a rule; whatever the number of tokens."""
-    found = _table(num_sms()).get(f"{n}x{k}{':gated' if is_gated else ''}")
+    """The measured best for "NxK", with ":gated" for gates and ups, else a rule; whatever the number of tokens."""
+    found = tiling_table(f"wide_tilings_sm90_{num_sms()}").get(f"{n}x{k}{':gated' if is_gated else ''}")
     if found is not None:
         tiling = Tiling(*found)
         if shared_bytes(MAX_TOKENS, tiling, tiles_per_block(n, tiling, is_gated), unit_bytes) <= _MAX_SHARED_BYTES:
@@ -178,13 +175,6 @@ def shared_bytes(tokens: int, tiling: Tiling, held: int, unit_bytes: int) -> int
     """Dynamic shared memory of a block that holds that many tiles: its rings, or what is added up in their place."""
     rings = tiling.stages * (tokens * COLUMNS * 2 + held * unit_bytes)
     return max(rings, tiling.groups_k * tokens * (held * 16 + 4) * 4)
-
-
-@functools.cache
-def _table(num_sms: int) -> dict[str, list[int]]:
-    """Measured tilings by "NxK", with ":gated" for gates and ups, for GPUs with that many SMs."""
-    path = Path(__file__).with_name(f"wide_tilings_sm90_{num_sms}.json")
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 @functools.cache

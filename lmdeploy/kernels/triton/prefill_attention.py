@@ -48,9 +48,9 @@ def prefill_attention(
     k, v = side(keys, q.shape[-1]), side(values, spec.value_dim)
     use_torch = may_use_torch and _torch_can(q, spec)
     dtype = dtype or q.dtype
-    if use_torch and k.format == v.format == "plain" and hopper.is_faster(spec, q, k.codes, v.codes):
+    if use_torch and k.format == v.format == "plain" and hopper.supports(spec, q, k.codes, v.codes):
         requests = (cu_seqlens_q, block_tables, context_lens, max_query_len)
-        out = hopper.prefill_attention(q, k.codes, v.codes, None, *requests, spec, dtype=q.dtype)
+        out = hopper.prefill_attention(q, k.codes, v.codes, *requests, spec)
     elif k.format == "plain" and not use_torch:
         out = _flash(q, k, v, cu_seqlens_q, None, block_tables, context_lens, max_query_len, spec)
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -24,16 +22,6 @@ SHAPES = [
     (57344, 8192),
 ]
 SHARED_BYTES = 227 << 10
-
-
-@pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile each time; skip where NVRTC is not installed."""
-    monkeypatch.setenv("LMDEPLOY_CACHE", str(tmp_path))
-    try:
-        nvrtc.cubin("dequantize.cu", {"GROUP": 128, "ZERO": 1, "FP16": 0}, "sm_90a")
-    except nvrtc.KernelError as error:
-        pytest.skip(f"no NVRTC: {error}")
 
 
 def stream_variant(
