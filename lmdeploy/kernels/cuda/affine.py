@@ -87,6 +87,9 @@ def linear(
             x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
         )
     x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+    copy = _kept_copy(x, w)
+    if copy is not None:
+        return dense.product(x, copy, bias=bias, residual=residual, out_dtype=out_dtype)
     return dense.matmul(x, _copy(w, x.dtype), bias, residual, out_dtype)
 
 
@@ -109,6 +112,9 @@ def gated_mlp(
     elif _is_skinny(x) and gate_up.n % 32 == 0:
         x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
         hidden = skinny_gemm.skinny_gemm(x, gate_up.weight, activation=activation, **fused)
+    elif (copy := _kept_copy(x, gate_up)) is not None:
+        x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+        hidden = dense.product(x, copy, activation=activation)
     else:
         from lmdeploy.kernels import gated_activation
 
@@ -139,6 +145,11 @@ def _is_wide(x: Tensor, w: PackedAffine) -> bool:
 def _is_skinny(x: Tensor) -> bool:
     """Whether x has few enough tokens for mma.sync, whose order of summation differs from 8 tokens to 32."""
     return len(x) <= MAX_TOKENS and not invariant.applies(len(x))
+
+
+def _kept_copy(x: Tensor, w: PackedAffine) -> Tensor | None:
+    """The kept copy, for more tokens than the packed weight takes; none where results must not depend on its being kept."""
+    return None if _is_skinny(x) or invariant.applies(len(x)) else w.copy
 
 
 def _copy(w: PackedAffine, dtype: torch.dtype) -> Tensor:
