@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks.gpu import DEVICE, Limits, copies_for, guarded, replay_us, show, write
 from lmdeploy.kernels import gated_activation
-from lmdeploy.kernels.cuda import dense, stream_gemm, tensor_gemm
+from lmdeploy.kernels.cuda import batch_gemm, dense, stream_gemm, tensor_gemm
 from lmdeploy.kernels.cuda.epilogue import ACTIVATIONS
 from lmdeploy.kernels.reference import basic
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,16 @@ def check(number: int) -> float:
 
 def multiply(shape: Shape, x: Tensor, weight: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
     """The product as a layer runs it, by the kernel that is chosen for it."""
-    is_streamed = dense.is_streamed(x, weight)
-    if not is_streamed and not dense.is_for_tensor_cores(x, weight, shape.is_gated):
-        return library(shape, x, weight, out)
+    is_streamed, tiling = dense.is_streamed(x, weight), batch_gemm.tiling_for(x, weight, shape.is_gated)
     more: dict[str, object] = {"activation": "silu"} if shape.is_gated else {}
-    if shape.has_norm and is_streamed:
-        more.update(norm_weight=gamma, norm_eps=1e-5)
     if shape.has_residual:
         more["residual"] = out
+    if tiling is not None:
+        return batch_gemm.batch_gemm(x, weight, tiling, out=out, **more)  # type: ignore[arg-type]
+    if not is_streamed and not dense.is_for_tensor_cores(x, weight, shape.is_gated):
+        return library(shape, x, weight, out)
+    if shape.has_norm and is_streamed:
+        more.update(norm_weight=gamma, norm_eps=1e-5)
     function = stream_gemm.stream_gemm if is_streamed else tensor_gemm.tensor_gemm
     return function(x, weight, out=out, **more)  # type: ignore[operator]
 

@@ -93,6 +93,9 @@ def linear(
             x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
         )
     x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+    copy = _kept_copy(x, w)
+    if copy is not None:
+        return dense.product(x, copy, bias=bias, residual=residual, out_dtype=out_dtype)
     is_plain = bias is None and residual is None and out_dtype in (None, x.dtype)
     if w.copy is None and w.n > _ROWS_AT_ONCE and is_plain and not invariant.applies(len(x)):
         return _matmul_in_pieces(x, w.weight)
@@ -118,6 +121,9 @@ def gated_mlp(
     elif _is_skinny(x) and gate_up.n % 32 == 0:
         x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
         hidden = skinny_gemm.skinny_gemm(x, gate_up.weight, activation=activation, **fused)
+    elif (copy := _kept_copy(x, gate_up)) is not None:
+        x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
+        hidden = dense.product(x, copy, activation=activation)
     else:
         from lmdeploy.kernels import gated_activation
 
@@ -150,8 +156,13 @@ def _is_skinny(x: Tensor) -> bool:
     return len(x) <= MAX_TOKENS and not invariant.applies(len(x))
 
 
+def _kept_copy(x: Tensor, w: PackedAffine) -> Tensor | None:
+    """The kept copy, for more tokens than the packed weight takes; none where results must not depend on its being kept."""
+    return None if _is_skinny(x) or invariant.applies(len(x)) else w.copy
+
+
 def _matmul_in_pieces(x: Tensor, w: Weight) -> Tensor:
-    """x W^T, by a copy of some rows at a time, which takes little memory and stays in the L2 cache."""
+    """x W^T, by a copy of some rows at a time, which takes little memory."""
     out = x.new_empty(len(x), w.n)
     for start in range(0, w.n, _ROWS_AT_ONCE):
         rows = skinny_gemm.dequantize(w, x.dtype, start, min(start + _ROWS_AT_ONCE, w.n))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kernels import invariant
-from lmdeploy.kernels.cuda import stream_gemm, tensor_gemm
+from lmdeploy.kernels.cuda import batch_gemm, stream_gemm, tensor_gemm
 
 _HAS_WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 MAX_NORM_TOKENS = 8  # beyond them a norm of its own is faster than one in front of each block's product
@@ -29,14 +29,11 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, weight [N, K]: [M, K] -> [M, N]; the result may take the residual's place."""
-    rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "out": residual}
+    rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype}
     if is_streamed(x, weight):
         norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
-        return stream_gemm.stream_gemm(x, weight, **rest, **norm)  # type: ignore[arg-type]
-    x = normalize(x, norm_weight, norm_eps, norm_offset)
-    if is_for_tensor_cores(x, weight):
-        return tensor_gemm.tensor_gemm(x, weight, **rest)
-    return matmul(x, weight, bias, residual, out_dtype)
+        return stream_gemm.stream_gemm(x, weight, out=residual, **rest, **norm)  # type: ignore[arg-type]
+    return product(normalize(x, norm_weight, norm_eps, norm_offset), weight, **rest)
 
 
 @invariant.at_most(tensor_gemm.MAX_TOKENS)
@@ -57,15 +54,37 @@ def gated_mlp(
     if is_streamed(x, gate_up):
         norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
         hidden = stream_gemm.stream_gemm(x, gate_up, bias=gate_up_bias, activation=activation, **norm)  # type: ignore[arg-type]
-        return linear(hidden, down, bias=down_bias, residual=residual)
-    x = normalize(x, norm_weight, norm_eps, norm_offset)
-    if is_for_tensor_cores(x, gate_up, is_gated=True):
-        hidden = tensor_gemm.tensor_gemm(x, gate_up, bias=gate_up_bias, activation=activation)
     else:
-        from lmdeploy.kernels import gated_activation
-
-        hidden = gated_activation(matmul(x, gate_up, gate_up_bias, None, None), activation)
+        x = normalize(x, norm_weight, norm_eps, norm_offset)
+        hidden = product(x, gate_up, bias=gate_up_bias, activation=activation)
     return linear(hidden, down, bias=down_bias, residual=residual)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x W^T + bias + residual, or activation(gate) * up of its halves, by the fastest kernel that multiplies matrices.
+
+    The weight may be read before kernels in front have ended: it must be none's result.
+    """
+    epilogue: dict[str, Any] = {"bias": bias, "residual": residual, "activation": activation, "out_dtype": out_dtype}
+    tiling = None if invariant.applies(len(x)) else batch_gemm.tiling_for(x, weight, activation is not None)
+    if tiling is not None:
+        return batch_gemm.batch_gemm(x, weight, tiling, out=residual, **epilogue)
+    if is_for_tensor_cores(x, weight, activation is not None):
+        return tensor_gemm.tensor_gemm(x, weight, out=residual, **epilogue)
+    y = matmul(x, weight, bias, residual, out_dtype)
+    if activation is None:
+        return y
+    from lmdeploy.kernels import gated_activation
+
+    return gated_activation(y, activation)
 
 
 def is_for_tensor_cores(x: Tensor, weight: Tensor, is_gated: bool = False) -> bool:
