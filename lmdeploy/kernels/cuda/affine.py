@@ -5,13 +5,15 @@ The copy is made for each product, or kept where memory allows it. Functions as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmdeploy.kernels import invariant
-from lmdeploy.kernels.cuda import dense, skinny_gemm, wide_gemm
+from lmdeploy.kernels.cuda import dense, packed_stream_gemm, skinny_gemm, wide_gemm
 from lmdeploy.kernels.cuda.skinny_gemm import MAX_TOKENS, Weight
 
 _GROUP_SIZES = (32, 64, 128)
@@ -84,14 +86,13 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, [M, K] -> [M, N]; the result may take the residual's place."""
+    rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "out": residual}
     if _is_wide(x, w):
         x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
-        return wide_gemm.wide_gemm(x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual)
+        return wide_gemm.wide_gemm(x, w.weight, **rest)
     if _is_skinny(x):
         x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
-        return skinny_gemm.skinny_gemm(
-            x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
-        )
+        return _few_tokens(x, w, is_gated=False, has_norm=bool(fused))(x, w.weight, **rest, **fused)
     x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
     copy = _kept_copy(x, w)
     if copy is not None:
@@ -120,7 +121,8 @@ def gated_mlp(
         hidden = wide_gemm.wide_gemm(x, gate_up.weight, activation=activation)
     elif _is_skinny(x) and gate_up.n % 32 == 0:
         x, fused = dense.front_norm(x, norm_weight, norm_eps, norm_offset)
-        hidden = skinny_gemm.skinny_gemm(x, gate_up.weight, activation=activation, **fused)
+        product = _few_tokens(x, gate_up, is_gated=True, has_norm=bool(fused))
+        hidden = product(x, gate_up.weight, activation=activation, **fused)
     elif (copy := _kept_copy(x, gate_up)) is not None:
         x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
         hidden = dense.product(x, copy, activation=activation)
@@ -154,6 +156,13 @@ def _is_wide(x: Tensor, w: PackedAffine) -> bool:
 def _is_skinny(x: Tensor) -> bool:
     """Whether x has few enough tokens for mma.sync, whose order of summation differs from 8 tokens to 32."""
     return len(x) <= MAX_TOKENS and not invariant.applies(len(x))
+
+
+def _few_tokens(x: Tensor, w: PackedAffine, *, is_gated: bool, has_norm: bool) -> Callable[..., Tensor]:
+    """The kernel that streams whole columns of tiles, where it was measured to be faster, or the one for more tokens."""
+    if packed_stream_gemm.is_faster(x, w.weight, is_gated=is_gated, has_norm=has_norm):
+        return packed_stream_gemm.packed_stream_gemm
+    return skinny_gemm.skinny_gemm
 
 
 def _kept_copy(x: Tensor, w: PackedAffine) -> Tensor | None:
