@@ -53,7 +53,8 @@ def prepare(
         width = n if activation is None else n // 2
         out = torch.empty(len(x), width, dtype=out_dtype or x.dtype, device=x.device)
     if residual is not None and residual.stride(0) != out.stride(0):
-        residual = residual.contiguous()
+        apart = torch.empty_strided(out.shape, out.stride(), dtype=residual.dtype, device=residual.device)
+        residual = apart.copy_(residual)
     kind = GATED if activation is not None else NOTHING if residual is None else RESIDUAL
     index = 0 if activation is None else ACTIVATIONS.index(activation)
     is_half, out_float = x.dtype == torch.float16, out.dtype == torch.float32

@@ -31,3 +31,12 @@ def test_the_result_may_take_the_residuals_place() -> None:
     epilogue, out, same = prepare(torch.zeros(3, 8, dtype=torch.bfloat16), 10, None, residual, None, None, residual)
     assert out is same is residual
     assert epilogue.out_float
+
+
+def test_the_result_may_be_part_of_something_wider() -> None:
+    x, wide = torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(3, 20)
+    residual = torch.arange(30.0).view(3, 10)
+    _, out, apart = prepare(x, 10, None, residual, None, None, wide[:, :10])
+    assert apart is not None
+    assert out.stride() == apart.stride() == (20, 1)
+    assert torch.equal(apart, residual)
