@@ -175,7 +175,7 @@ def test_like_the_kernel_for_more_tokens(has_norm: bool) -> None:
     if has_norm:
         more |= {"norm_weight": torch.rand(1536, device="cuda").bfloat16(), "norm_eps": 1e-6, "norm_offset": 1.0}
     actual = packed_stream_gemm.packed_stream_gemm(x, w, **more)
-    torch.testing.assert_close(actual, skinny_gemm.skinny_gemm(x, w, **more), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, skinny_gemm.skinny_gemm(x, w, **more), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
