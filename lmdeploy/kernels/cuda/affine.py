@@ -93,9 +93,8 @@ def linear(
             x, w.weight, bias=bias, residual=residual, out_dtype=out_dtype, out=residual, **fused
         )
     x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
-    is_plain = bias is None and residual is None and out_dtype in (None, x.dtype)
-    if w.copy is None and w.n > _ROWS_AT_ONCE and is_plain and not invariant.applies(len(x)):
-        return _matmul_in_pieces(x, w.weight)
+    if w.copy is None and w.n > _ROWS_AT_ONCE:
+        return _matmul_in_pieces(x, w.weight, bias, residual, out_dtype)
     return dense.matmul(x, _copy(w, x.dtype), bias, residual, out_dtype)
 
 
@@ -150,12 +149,20 @@ def _is_skinny(x: Tensor) -> bool:
     return len(x) <= MAX_TOKENS and not invariant.applies(len(x))
 
 
-def _matmul_in_pieces(x: Tensor, w: Weight) -> Tensor:
-    """x W^T, by a copy of some rows at a time, which takes little memory and stays in the L2 cache."""
-    out = x.new_empty(len(x), w.n)
+def _matmul_in_pieces(
+    x: Tensor, w: Weight, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    """x W^T + bias + residual, by a copy of some rows of W at a time; the result takes the residual's place."""
+    out = x.new_empty(len(x), w.n, dtype=out_dtype) if residual is None else residual
+    is_one_call = bias is None and out.dtype == x.dtype and not invariant.applies(len(x))
     for start in range(0, w.n, _ROWS_AT_ONCE):
-        rows = skinny_gemm.dequantize(w, x.dtype, start, min(start + _ROWS_AT_ONCE, w.n))
-        torch.mm(x, rows.T, out=out[:, start : start + len(rows)])
+        stop = min(start + _ROWS_AT_ONCE, w.n)
+        rows, part = skinny_gemm.dequantize(w, x.dtype, start, stop), out[:, start:stop]
+        if is_one_call:
+            part.addmm_(x, rows.T, beta=0 if residual is None else 1)
+        else:
+            addends = None if bias is None else bias[start:stop], None if residual is None else part
+            part.copy_(dense.matmul(x, rows, *addends, out_dtype))
         del rows  # or there would be two of them
     return out
 
