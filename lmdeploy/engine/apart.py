@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from lmdeploy.engine.config import EngineConfig
 from lmdeploy.engine.repeat import RepeatingScheduler
 from lmdeploy.engine.scheduler import StepPlan
 from lmdeploy.engine.state import RequestState
+from lmdeploy.errors import ConfigError
+from lmdeploy.kernels import invariant
 
 _PIECE = 1024  # tokens of a prompt at once
+
+
+def make_deterministic(config: EngineConfig) -> None:
+    """From now on no row of a product depends on the number of others. ConfigError for a batch that is too large for that."""
+    if (config.max_batch_size or 0) > invariant.MAX_ROWS:
+        raise ConfigError(
+            f"max_batch_size={config.max_batch_size}: with deterministic give at most {invariant.MAX_ROWS}"
+        )
+    invariant.enable()
 
 
 class ApartScheduler(RepeatingScheduler):

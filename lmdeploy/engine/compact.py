@@ -23,18 +23,15 @@ _ALIGNMENT = 512
 
 
 def close_gaps(model: CausalLM) -> None:
-    """Move all but small weights; their tensors stay the same objects. Where memory does not suffice the rest stays put."""
+    """Move all but small weights; their tensors stay the same objects. What there is no room to move stays where it is."""
     large = [tensor for tensor in _tensors_with_own_memory(model) if tensor.nbytes > _SMALL]
     moved: list[Tensor] = []
-    try:
-        for tensor in sorted(large, key=Tensor.data_ptr):  # so that whole segments become free
-            moved.append(tensor)
-            if sum(t.nbytes for t in moved) >= _AT_A_TIME:
-                _lay_side_by_side(moved)
-                moved = []
-        _lay_side_by_side(moved)
-    except torch.OutOfMemoryError:
-        pass
+    for tensor in sorted(large, key=Tensor.data_ptr):  # so that whole segments become free
+        moved.append(tensor)
+        if sum(t.nbytes for t in moved) >= _AT_A_TIME:
+            _lay_side_by_side(moved)
+            moved = []
+    _lay_side_by_side(moved)
 
 
 def _lay_side_by_side(tensors: list[Tensor]) -> None:
@@ -45,7 +42,10 @@ def _lay_side_by_side(tensors: list[Tensor]) -> None:
         starts.append(starts[-1] + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT)
     if tensors[0].is_cuda:
         torch.cuda.empty_cache()  # else what was freed before would be the place, with a gap behind it
-    place = torch.empty(starts[-1], dtype=torch.uint8, device=tensors[0].device)
+    try:
+        place = torch.empty(starts[-1], dtype=torch.uint8, device=tensors[0].device)
+    except torch.OutOfMemoryError:
+        return
     for tensor, start in zip(tensors, starts, strict=False):
         bytes_ = place[start : start + tensor.nbytes]
         tensor.data = bytes_.view(tensor.dtype).view(tensor.shape).copy_(tensor)

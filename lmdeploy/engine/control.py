@@ -83,11 +83,11 @@ def _sleep(engine: Engine, level: int) -> list[RequestOutput]:
         raise ConfigError(f"level={level}: sleep at level 1 or 2")
     outputs = engine.abort_all()
     engine.scheduler.blocks.forget_all()
-    model = engine.drop_runner() if "kv_cache" not in engine.asleep else engine.resting_model
-    keeps_weights = level == 1 and model is not None and engine.device.type == "cpu"
-    engine.resting_model = model if keeps_weights else None
+    if "kv_cache" not in engine.asleep:
+        engine.drop_runner()
+    if level == 2 or engine.device.type != "cpu":
+        engine.resting_model = None
     engine.asleep = set(TAGS)
-    del model
     _free()
     return outputs
 
@@ -102,9 +102,7 @@ def _wake(engine: Engine, tags: frozenset[str]) -> None:
     if "kv_cache" in tags & engine.asleep:
         if "weights" in engine.asleep:
             raise ConfigError("tags=['kv_cache']: wake the weights first, or both")
-        assert engine.resting_model is not None
-        engine.start_runner(engine.resting_model)
-        engine.resting_model = None
+        engine.start_runner()
         engine.asleep.discard("kv_cache")
 
 
@@ -129,9 +127,7 @@ def _update(engine: Engine, path: Path) -> list[RequestOutput]:
             error, engine.path = cause, before
             engine.resting_model = engine.load_model()
     if "kv_cache" not in was_asleep:
-        assert engine.resting_model is not None
-        engine.start_runner(engine.resting_model)
-        engine.resting_model = None
+        engine.start_runner()
     if error is not None:
         raise error
     return outputs

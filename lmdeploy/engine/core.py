@@ -44,31 +44,25 @@ class Engine:
     `step` schedules the next step, enqueues it, and hands out the results of the oldest step in flight.
     """
 
-    def __init__(self, path: Path, config: EngineConfig, *, enters: bool = True) -> None:
+    def __init__(self, path: Path, config: EngineConfig, *, starts_runner: bool = True) -> None:
         """Load the model at `path` (a folder or GGUF file). Raises CheckpointError, ConfigError, ModelNotSupported.
 
-        enters: this thread runs the steps; else `enter_thread` is still to be called by the one that does.
+        starts_runner: this thread runs the steps; else `start_runner` is still to be called by the one that does.
         """
         started = time.monotonic()
         self.path, self.config = path, config
         self.device = device = _device(config.device)
         if config.deterministic:
-            from lmdeploy.kernels import invariant
+            from lmdeploy.engine.apart import make_deterministic
 
-            if (config.max_batch_size or 0) > invariant.MAX_ROWS:
-                raise ConfigError(
-                    f"max_batch_size={config.max_batch_size}: with deterministic give at most {invariant.MAX_ROWS}"
-                )
-            invariant.enable()
+            make_deterministic(config)
         self.asleep: set[str] = set()
-        self.resting_model: CausalLM | None = (model := self.load_model())
+        self._stream: torch.cuda.Stream | None = None
+        model = self.load_model()
+        self.resting_model: CausalLM | None = model
         self.model_config = model.config
-        max_batch_size = config.max_batch_size or _MAX_BATCH_SIZE[device.type]
         self._has_gpu_kernels = device.type == "cuda" and has_gpu_kernels() and model.dtype != torch.float32
-        # Twins hold the scores of all new tokens and their context at once, on a GPU as well.
-        max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP["cuda" if self._has_gpu_kernels else "cpu"]
-        self.plan = self._plan_memory(model, config, device, max_batch_size, max_tokens)
-        self._max_batch_size = max_batch_size = self.plan.max_batch_size
+        self.plan = plan = self._plan_memory(model)
         self._max_steps_in_flight = config.max_steps_in_flight or _STEPS_IN_FLIGHT[device.type]
         scheduler_class = Scheduler
         if config.deterministic:
@@ -76,10 +70,10 @@ class Engine:
         elif self._max_steps_in_flight > 1:
             from lmdeploy.engine.repeat import RepeatingScheduler as scheduler_class
         self.scheduler = scheduler_class(
-            BlockManager(self.plan.num_blocks, config.block_size),
-            max_batch_size=max_batch_size,
-            max_tokens_per_step=self.plan.max_tokens_per_step,
-            session_len=self.plan.session_len,
+            BlockManager(plan.num_blocks, config.block_size),
+            max_batch_size=plan.max_batch_size,
+            max_tokens_per_step=plan.max_tokens_per_step,
+            session_len=plan.session_len,
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self.info = EngineInfo(
@@ -87,25 +81,25 @@ class Engine:
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(device),
             vocab_size=model.config.vocab_size,
-            session_len=self.plan.session_len,
-            max_batch_size=config.max_batch_size or max_batch_size,
-            num_blocks=self.plan.num_blocks,
+            session_len=plan.session_len,
+            max_batch_size=config.max_batch_size or plan.max_batch_size,
+            num_blocks=plan.num_blocks,
             block_size=config.block_size,
-            weight_bytes=self.plan.weight_bytes,
+            weight_bytes=plan.weight_bytes,
             load_s=time.monotonic() - started,
             eos_token_ids=list(model.config.eos_token_ids),
-            memory_plan=self.plan.rows(),
+            memory_plan=plan.rows(),
         )
         self._in_flight: deque[PendingStep] = deque()
         self._states: dict[str, RequestState] = {}
         self.times: StepTimes | None = None
-        if enters:
-            self.enter_thread()
+        if starts_runner:
+            self.start_runner()
 
     def load_model(self) -> CausalLM:
         """The model at `path`, with the engine's settings."""
         config = self.config
-        return load_model(
+        model = load_model(
             self.path,
             dtype=config.dtype,
             device=self.device,
@@ -115,31 +109,41 @@ class Engine:
             use_logn_attn=config.use_logn_attn,
             model_format=config.model_format,
         )
-
-    def start_runner(self, model: CausalLM) -> None:
-        """Make the cache that is planned for, and the runner."""
-        plan, device = self.plan, self.device
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             from lmdeploy.engine.warm_up import lay_out
 
-            lay_out(model, with_copies=plan.copy_bytes > 0)
-        cache = _make_cache(model, plan, self.config.quant_policy, device)
-        self.runner = Runner(model, cache, self._max_batch_size, plan.session_len, self._max_steps_in_flight)
-        if self._has_gpu_kernels and not self.config.eager_mode:
-            from lmdeploy.engine.warm_up import start_graphs
-
-            start_graphs(self.runner, self._max_batch_size, plan.session_len)
-
-    def drop_runner(self) -> CausalLM:
-        """Let go of the runner and its cache; the model that it ran."""
-        model = self.runner.model
-        del self.runner
+            lay_out(model)
         return model
 
-    @staticmethod
-    def _plan_memory(
-        model: CausalLM, config: EngineConfig, device: torch.device, max_batch_size: int, max_tokens: int
-    ) -> MemoryPlan:
+    def start_runner(self) -> None:
+        """Make the cache that is planned for, and the runner of the resting model; called by the thread that runs the steps.
+
+        cuBLAS keeps 32 MiB for every thread and stream that use it: all steps and captures are made by one, on one.
+        """
+        plan, device, model = self.plan, self.device, self.resting_model
+        assert model is not None
+        if device.type == "cuda":
+            from lmdeploy.engine.warm_up import take_stream
+
+            self._stream = self._stream or take_stream(device)
+            torch.cuda.set_stream(self._stream)
+        cache = _make_cache(model, plan, self.config.quant_policy, device)
+        self.runner = Runner(model, cache, plan.max_batch_size, plan.session_len, self._max_steps_in_flight)
+        if device.type == "cuda":
+            from lmdeploy.engine.warm_up import warm_up
+
+            warm_up(self.runner, plan, uses_graphs=self._has_gpu_kernels and not self.config.eager_mode)
+        self.resting_model = None
+
+    def drop_runner(self) -> None:
+        """Let go of the runner and its cache; its model rests."""
+        self.resting_model = self.runner.model
+        del self.runner
+
+    def _plan_memory(self, model: CausalLM) -> MemoryPlan:
+        config, device = self.config, self.device
+        # Twins hold the scores of all new tokens and their context at once, on a GPU as well.
+        max_tokens = config.max_prefill_token_num or _MAX_TOKENS_PER_STEP["cuda" if self._has_gpu_kernels else "cpu"]
         on_gpu: dict[str, Any] = {}
         if device.type == "cuda":
             from lmdeploy.engine.warm_up import plan_arguments
@@ -152,23 +156,10 @@ class Engine:
             dtype=model.dtype,
             weight_bytes=model.num_bytes(),
             **on_gpu,
-            max_batch_size=max_batch_size,
+            max_batch_size=config.max_batch_size or _MAX_BATCH_SIZE[device.type],
             max_tokens_per_step=max_tokens,
             session_len=config.session_len or model.config.session_len,
         )
-
-    def enter_thread(self) -> None:
-        """Called once, by the thread that runs the steps: it starts the runner, and works on this GPU and a stream of its own.
-
-        cuBLAS keeps 32 MiB for every thread and stream that use it: all steps and captures are made by one, on one.
-        """
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the weights have come on another stream
-            torch.cuda.set_device(self.device)
-            torch.cuda.set_stream(torch.cuda.Stream(self.device))
-        assert self.resting_model is not None
-        self.start_runner(self.resting_model)
-        self.resting_model = None
 
     @property
     def has_work(self) -> bool:
@@ -209,6 +200,8 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Advance by one step; returns the news of the oldest step once enough are in flight."""
+        if self._stream is not None:  # another engine may have used this thread
+            torch.cuda.set_stream(self._stream)
         if len(self._in_flight) < self._max_steps_in_flight:
             plan = self.scheduler.schedule()
             if plan is not None:
@@ -221,6 +214,8 @@ class Engine:
 
     def prepare_more(self) -> bool:
         """With nothing in flight, prepare one more batch size of decode steps; False if all are there."""
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
         graphs = None if self.asleep or self._in_flight else self.runner.graphs
         return graphs is not None and graphs.capture_next()
 
@@ -254,8 +249,10 @@ class Engine:
             del self.runner
         self.resting_model = None
         gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if self._stream is not None:
+            from lmdeploy.engine.warm_up import give_back
+
+            give_back(self._stream)
         return outputs
 
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:

@@ -6,6 +6,7 @@ graph of the same size ends with the hidden states. https://developer.nvidia.com
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lmdeploy.models.base import CausalLM
 
 _STEP = 8  # between sizes of the ladder above 8
 _STAGES = 4  # rows that may still be on their way to the device
+_capture_lock = threading.Lock()  # a capture begins by waiting for the whole device, which breaks another thread's
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class DecodeGraphs:
         # Not the logits, which would take a hundred times as much beside those that graphs make and give back.
         self._hidden_states = torch.empty(max_batch_size, model.config.hidden_size, dtype=model.dtype, device=device)
         self._pool: Any = None
+        # Those whose capture failed as well: when one goes, torch frees what cuBLAS has on the stream of its capture, which all
+        # the others use. https://github.com/pytorch/pytorch/issues/193402
+        self._captured: list[Any] = []
         self.graphs: dict[tuple[int, bool], Graph] = {}
         self._takes_no_more = False
         sizes = [1, 2, 4, *range(_STEP, max_batch_size + 1, _STEP)]
@@ -104,10 +109,11 @@ class DecodeGraphs:
         self._views[self._turn][:size] = (self._slots.padding, 0, -1, 0, 1)
         self._rows[:size].copy_(self._staging[self._turn][:size])
         self.step(size, keeps_hidden)
-        torch.cuda.synchronize()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()  # of the steps, for what is kept by stream
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        self._captured.append(graph)
+        captured = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+        with _capture_lock, captured:
             result = self.step(size, keeps_hidden)
         self.graphs[size, keeps_hidden] = Graph(graph.replay, result)
 

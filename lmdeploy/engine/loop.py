@@ -43,22 +43,27 @@ class EngineLoop:
     def __init__(self, path: Path, config: EngineConfig, publish: Publish, times: StepTimes | None = None) -> None:
         """Loads the model in the caller's thread, where it can be interrupted. times: of its steps."""
         started = time.monotonic()
-        self._engine: Engine | None = Engine(path, config, enters=False)
-        info = self._engine.info
+        engine = Engine(path, config, starts_runner=False)
         self.error: EngineDead | None = None
         self.heartbeat = time.monotonic()
         self._stats: dict[str, float] = {}
-        self._engine.times = times
+        engine.times = times
         self._publish = publish
         self._live: set[str] = set()
         self._grammars: GrammarThreads | None = None
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="lmdeploy-engine", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)  # a thread that came back from a kernel after the interpreter's end would abort it
-        ready.result()
-        self.info: EngineInfo = replace(info, load_s=time.monotonic() - started)
+        self._thread = threading.Thread(target=self._run, args=(engine, ready), name="lmdeploy-engine", daemon=True)
+        try:
+            self._thread.start()
+            # A thread that came back from a kernel after the interpreter's end would abort it.
+            atexit.register(self.close)
+            ready.result()
+        except BaseException:
+            self._commands.put(None)  # interrupted, the thread is still there
+            del ready  # or its error, whose traceback leads here, would keep the model until the next collection
+            raise
+        self.info: EngineInfo = replace(engine.info, load_s=time.monotonic() - started)
 
     def add(self, request: Request) -> None:
         """Queue a request; if the engine refuses it, or is dead, that is published as its output."""
@@ -120,12 +125,10 @@ class EngineLoop:
         """End a request that never reached the engine; without an error it was aborted."""
         self._publish([RequestOutput(request_id, finish_reason="abort" if error is None else "error", error=error)])
 
-    def _run(self, ready: Future[None]) -> None:
-        engine, self._engine = self._engine, None
-        assert engine is not None
+    def _run(self, engine: Engine, ready: Future[None]) -> None:
         error = EngineDead("the engine is closed")
         try:
-            engine.enter_thread()
+            engine.start_runner()
             self._stats = engine.stats()
             ready.set_result(None)
             while self._drain(engine):
@@ -137,6 +140,7 @@ class EngineLoop:
                 get_logger().exception("the engine has stopped")
             else:
                 ready.set_exception(cause)
+                del ready  # as above
             error = EngineDead(f"the engine has stopped: {type(cause).__name__}: {cause}")
         self._end(error)
 

@@ -13,7 +13,7 @@ from lmdeploy.engine.scheduler import StepPlan
 from lmdeploy.engine.state import RequestState
 from lmdeploy.models.base import CausalLM
 
-_LOGIT_ROWS = 256  # rows of [V] logits made at a time where every position is asked for
+_LOGIT_ROWS = 64  # rows of [V] logits made at a time where every position is asked for
 
 
 @dataclass
@@ -59,7 +59,7 @@ def make_reports(
             if sampling.logprobs is not None:
                 report.logprobs = top_logprobs(logits, tokens[sample_row], sampling.logprobs)
             if sampling.return_logits == "generation":
-                report.logits = logits[None]
+                report.logits = logits[None].clone()  # a row; the others need not stay
             if sampling.return_hidden_states == "generation":
                 report.hidden_states = rows[-1:]
             sample_row += 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections import defaultdict
 from typing import Any
 
 import torch
 
 from lmdeploy.engine.compact import close_gaps
 from lmdeploy.engine.graphs import DecodeGraphs
+from lmdeploy.engine.memory import MemoryPlan
 from lmdeploy.engine.runner import Runner
 from lmdeploy.kernels import decode_buffer_bytes, has_gpu_kernels
 from lmdeploy.layers.linear import Linear
@@ -19,11 +21,19 @@ from lmdeploy.quantization.affine import AffineMethod
 
 _FIRST_SIZES = (1, 2, 4, 8)
 _USUAL_DIM = 128  # of a head, at most, for decode attention in CUDA C++
+# Of closed engines: what cuBLAS and torch keep for a stream is there for the next engine.
+_free_streams: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+def lay_out(model: CausalLM) -> None:
+    """Bring the weights together and give back what their loading left; they are there for every stream then."""
+    close_gaps(model)
+    torch.cuda.current_stream().synchronize()
+    torch.cuda.empty_cache()
 
 
 def plan_arguments(model: CausalLM) -> dict[str, Any]:
-    """What `plan_memory` asks for that only a GPU has, once torch holds no more than the model takes."""
-    lay_out(model, with_copies=False)
+    """What `plan_memory` asks for that only a GPU has."""
     sizes = copy_bytes(model), piece_bytes(model)
     return {"copy_bytes": sizes, "buffer_bytes": functools.partial(buffer_bytes_of, model)}
 
@@ -52,12 +62,27 @@ def buffer_bytes_of(model: CausalLM, max_batch_size: int, session_len: int) -> i
     return tables + sum(decode_buffer_bytes(*size, is_usual=is_usual) for is_usual in forms)
 
 
-def lay_out(model: CausalLM, with_copies: bool) -> None:
-    """Bring the weights together, if that has not been done, give back what their loading left, and make the copies."""
-    close_gaps(model)
+def take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other engine uses."""
+    try:
+        return _free_streams[device].pop()
+    except IndexError:
+        return torch.cuda.Stream(device)
+
+
+def give_back(stream: torch.cuda.Stream) -> None:
+    """Free what an engine leaves, and let the next one have its stream. To be called when its graphs are gone."""
+    torch.cuda.set_stream(torch.cuda.default_stream(stream.device))
     torch.cuda.empty_cache()
-    for method in _copied_methods(model) if with_copies else ():
+    _free_streams[stream.device].append(stream)
+
+
+def warm_up(runner: Runner, plan: MemoryPlan, uses_graphs: bool) -> None:
+    """Make the copies of weights that are planned for, and the graphs."""
+    for method in _copied_methods(runner.model) if plan.copy_bytes else ():
         method.keep_copy()
+    if uses_graphs:
+        start_graphs(runner, plan.max_batch_size, plan.session_len)
 
 
 def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
@@ -74,7 +99,7 @@ def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
     except Exception as error:  # whatever a model or a kernel cannot do in a capture, it can do without
         runner.graphs = None
         get_logger().warning("decode steps of %s run without CUDA graphs: %s", model.config.architecture, error)
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()
     torch.cuda.empty_cache()
     gc.collect()
     gc.freeze()  # a collection that walks all that a model is made of takes longer than a step

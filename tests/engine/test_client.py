@@ -159,13 +159,13 @@ def test_a_killed_process_tells_every_waiter(tiny_llama: Path) -> None:
 
 def test_close_frees_the_weights(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines: list[weakref.ref[object]] = []
-    enter = Engine.enter_thread
+    start = Engine.start_runner
 
     def remember(engine: Engine) -> None:
-        enter(engine)
+        start(engine)
         engines.extend((weakref.ref(engine.runner.model), weakref.ref(engine.runner.kv_cache.data)))
 
-    monkeypatch.setattr(Engine, "enter_thread", remember)
+    monkeypatch.setattr(Engine, "start_runner", remember)
     client = ThreadClient(tiny_llama, CONFIG)
     ask(client, greedy("r", [1]))
     client.close()

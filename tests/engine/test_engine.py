@@ -226,3 +226,10 @@ def test_a_small_pool_cuts_the_session(tiny_llama: Path, caplog: pytest.LogCaptu
     engine = make_engine(tiny_llama, cache_max_entry_count=3)
     assert engine.info.session_len == 48
     assert dict(engine.info.memory_plan)["tokens that fit"] == "48"
+
+
+def test_logits_that_are_reported_keep_no_other_requests_alive(tiny_llama: Path) -> None:
+    asked = [greedy(name, [5, 9, 13], 1, return_logits="generation") for name in "abc"]
+    for output in run(make_engine(tiny_llama), asked).values():
+        assert output.logits is not None
+        assert output.logits.untyped_storage().nbytes() == output.logits.nbytes

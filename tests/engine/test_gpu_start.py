@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import signal
 import threading
+import weakref
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,9 +84,10 @@ def test_the_thread_that_runs_the_steps_starts_the_runner(tiny_llama: Path, monk
     started: list[tuple[str, bool]] = []
     start = Engine.start_runner
 
-    def start_runner(engine: Engine, model: CausalLM) -> None:
-        started.append((threading.current_thread().name, model.dtype == torch.float32))
-        start(engine, model)
+    def start_runner(engine: Engine) -> None:
+        assert engine.resting_model is not None
+        started.append((threading.current_thread().name, engine.resting_model.dtype == torch.float32))
+        start(engine)
 
     monkeypatch.setattr(Engine, "start_runner", start_runner)
     client = ThreadClient(tiny_llama, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
@@ -94,17 +99,73 @@ def test_the_thread_that_runs_the_steps_starts_the_runner(tiny_llama: Path, monk
     assert started[1:] == [(threading.current_thread().name, True)]
 
 
-def test_a_start_that_fails_is_the_callers_and_leaves_no_thread(
+def test_a_start_that_fails_is_the_callers_and_leaves_no_thread_and_no_model(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(engine: Engine, model: CausalLM) -> None:
+    models: list[weakref.ref[CausalLM]] = []
+
+    def fail(engine: Engine) -> None:
+        assert engine.resting_model is not None
+        models.append(weakref.ref(engine.resting_model))
         raise ConfigError("no room")
 
     monkeypatch.setattr(Engine, "start_runner", fail)
     before = set(threading.enumerate())
-    with pytest.raises(ConfigError, match="no room"):
-        ThreadClient(tiny_llama, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ConfigError, match="no room"):
+            ThreadClient(tiny_llama, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
+        for thread in set(threading.enumerate()) - before:
+            thread.join(5)
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()
     assert set(threading.enumerate()) <= before
     assert not caplog.records
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals go to no thread here")
+def test_an_interrupted_start_leaves_no_thread_and_no_model(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref[CausalLM]] = []
+    may_go_on = threading.Event()
+    start = Engine.start_runner
+
+    def interrupt(engine: Engine) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        may_go_on.wait(30)
+        start(engine)
+        models.append(weakref.ref(engine.runner.model))
+
+    monkeypatch.setattr(Engine, "start_runner", interrupt)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        ThreadClient(tiny_llama, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
+    threads = set(threading.enumerate()) - before
+    assert [thread.name for thread in threads] == ["lmdeploy-engine"]
+    may_go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert set(threading.enumerate()) <= before
+    gc.collect()
+    assert [model() for model in models] == [None]
+
+
+def test_an_engine_takes_the_stream_of_one_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+    current: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device))
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(warm_up, "_free_streams", defaultdict(list))
+    first, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    streams = [warm_up.take_stream(first), warm_up.take_stream(first), warm_up.take_stream(other)]
+    assert len(set(streams)) == 3
+    warm_up.give_back(streams[1])
+    assert current == [("default", first)]
+    assert warm_up.take_stream(other) not in streams
+    assert warm_up.take_stream(first) is streams[1]
+    assert warm_up.take_stream(first) not in streams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,3 +121,14 @@ def test_input_embeddings_may_stand_in_for_tokens(tmp_path: Path) -> None:
     with torch.inference_mode():
         hidden = model(torch.zeros_like(ids), driver.context([sequence], [len(ids)]), input_embeds=model.embed(ids))
     torch.testing.assert_close(model.compute_logits(hidden), expected, rtol=0, atol=0)
+
+
+def test_logits_are_capped_where_they_lie() -> None:
+    made = torch.tensor([[-90.0, 0.0, 3.0, 60.0]])
+    expected = 30.0 * torch.tanh(made / 30.0)
+    model = SimpleNamespace(
+        lm_head=SimpleNamespace(logits=lambda hidden_states: made), config=SimpleNamespace(logit_softcap=30.0)
+    )
+    logits = CausalLM.compute_logits(model, torch.zeros(1, 2))  # type: ignore[arg-type]
+    assert logits.data_ptr() == made.data_ptr()
+    torch.testing.assert_close(logits, expected)

@@ -97,9 +97,8 @@ def linear(
     copy = _kept_copy(x, w)
     if copy is not None:
         return dense.product(x, copy, bias=bias, residual=residual, out_dtype=out_dtype)
-    is_plain = bias is None and residual is None and out_dtype in (None, x.dtype)
-    if w.copy is None and w.n > _ROWS_AT_ONCE and is_plain and not invariant.applies(len(x)):
-        return _matmul_in_pieces(x, w.weight)
+    if w.copy is None and w.n > _ROWS_AT_ONCE:
+        return _matmul_in_pieces(x, w.weight, bias, residual, out_dtype)
     return dense.matmul(x, _copy(w, x.dtype), bias, residual, out_dtype)
 
 
@@ -170,12 +169,20 @@ def _kept_copy(x: Tensor, w: PackedAffine) -> Tensor | None:
     return None if _is_skinny(x) or invariant.applies(len(x)) else w.copy
 
 
-def _matmul_in_pieces(x: Tensor, w: Weight) -> Tensor:
-    """x W^T, by a copy of some rows at a time, which takes little memory."""
-    out = x.new_empty(len(x), w.n)
+def _matmul_in_pieces(
+    x: Tensor, w: Weight, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    """x W^T + bias + residual, by a copy of some rows of W at a time; the result takes the residual's place."""
+    out = x.new_empty(len(x), w.n, dtype=out_dtype) if residual is None else residual
+    is_one_call = bias is None and out.dtype == x.dtype and not invariant.applies(len(x))
     for start in range(0, w.n, _ROWS_AT_ONCE):
-        rows = skinny_gemm.dequantize(w, x.dtype, start, min(start + _ROWS_AT_ONCE, w.n))
-        torch.mm(x, rows.T, out=out[:, start : start + len(rows)])
+        stop = min(start + _ROWS_AT_ONCE, w.n)
+        rows, part = skinny_gemm.dequantize(w, x.dtype, start, stop), out[:, start:stop]
+        if is_one_call:
+            part.addmm_(x, rows.T, beta=0 if residual is None else 1)
+        else:
+            addends = None if bias is None else bias[start:stop], None if residual is None else part
+            part.copy_(dense.matmul(x, rows, *addends, out_dtype))
         del rows  # or there would be two of them
     return out
 

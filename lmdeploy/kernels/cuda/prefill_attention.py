@@ -140,7 +140,9 @@ def _next_counters(device: torch.device) -> Tensor:
 
 @functools.cache
 def _counters(device: torch.device) -> tuple[Tensor, ...]:
-    return torch.zeros(_LAUNCHES, 2, dtype=torch.int32, device=device).unbind()
+    counters = torch.zeros(_LAUNCHES, 2, dtype=torch.int32, device=device).unbind()
+    torch.cuda.current_stream(device).synchronize()  # another stream may be the next to launch
+    return counters
 
 
 @functools.cache

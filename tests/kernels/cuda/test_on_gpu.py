@@ -33,3 +33,25 @@ def test_copies_in_pieces_multiply_as_a_whole_one(rows: int, dtype: torch.dtype)
         packed.keep_copy(dtype)
         for expected in (affine.linear(x, packed).double(), x.double() @ whole.double().T):
             assert (in_pieces - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("addends", [{"bias"}, {"residual"}, {"bias", "residual"}, {"out_dtype"}], ids=" ".join)
+def test_pieces_of_a_product_take_what_is_added_to_them(addends: set[str]) -> None:
+    from benchmarks.skinny_gemm import make_weight
+    from lmdeploy.kernels.cuda import affine
+
+    torch.manual_seed(0)
+    w, _ = make_weight(8200, 256, 128, zeros=True)
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+    given = {"bias": torch.randn_like(x[0, :1].expand(8200)), "residual": torch.randn_like(x[:, :1].expand(-1, 8200))}
+
+    def multiply(packed: affine.PackedAffine) -> torch.Tensor:
+        named = {name: value.clone() for name, value in given.items() if name in addends}
+        return affine.linear(x, packed, **named, out_dtype=torch.float32 if "out_dtype" in addends else None)
+
+    packed = affine.PackedAffine(w)
+    in_pieces = multiply(packed)
+    packed.keep_copy(x.dtype)
+    whole = multiply(packed)
+    assert in_pieces.dtype == whole.dtype
+    assert (in_pieces - whole).abs().max() <= 1e-2 * whole.abs().max()
