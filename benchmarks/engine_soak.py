@@ -1,6 +1,6 @@
 """Keep an engine saturated by many clients that abort at random, and see that nothing leaks.
 
-    python benchmarks/engine_soak.py [SHAPE or FOLDER] [--clients 64] [--seconds 180] [--blocks 1500] [--out FILE]
+    python benchmarks/engine_soak.py [SHAPE or FOLDER] [--clients 64] [--seconds 180] [--blocks 800] [--out FILE]
 
 Each client sends one request after the other: prompts of 1 to 2,000 tokens, some of them sharing a beginning, greedy or
 sampled, answers of up to 400 tokens. A third are aborted at a random moment. The pool is small enough that requests are
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from lmdeploy.bench.process_memory import rss_bytes
 from lmdeploy.bench.shapes import SHAPES, shape_folder
 from lmdeploy.engine.client import ThreadClient
 from lmdeploy.engine.config import EngineConfig
@@ -82,7 +83,7 @@ def soak(client: ThreadClient, num_clients: int, seconds: float) -> dict[str, ob
         thread.start()
     samples = []
     while any(thread.is_alive() for thread in threads):
-        samples.append((client.stats()["num_running"], _device_bytes(), _process_bytes()))
+        samples.append((client.stats()["num_running"], _device_bytes(), rss_bytes()))
         time.sleep(2)
     stats = client.stats()
     if stats["num_free_blocks"] != stats["num_blocks"]:
@@ -153,11 +154,6 @@ def _device_bytes() -> int:
         return 0
     free, total = torch.cuda.mem_get_info()
     return total - free
-
-
-def _process_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096
 
 
 if __name__ == "__main__":

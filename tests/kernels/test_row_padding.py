@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lmdeploy.bench.process_memory import rss_bytes
 from lmdeploy.kernels import invariant
 from lmdeploy.kernels.reference.attention import paged_attention
 from lmdeploy.kernels.spec import AttentionSpec
@@ -16,10 +17,6 @@ from tests.kernels.triton.steps import make_step
 LENGTHS = range(17, 513)
 MIB = 1 << 20
 TELLS_MEMORY = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells what is resident")
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
 def test_sizes_are_few_and_close() -> None:
@@ -56,10 +53,10 @@ def test_memory_is_flat_over_prompts_of_any_length() -> None:
 
     for rows in {invariant.padded_rows(rows) for rows in LENGTHS}:
         multiply(rows)
-    before = resident_bytes()
+    before = rss_bytes()
     for rows in LENGTHS:
         multiply(rows)
-    assert resident_bytes() - before < 16 * MIB  # one compiled product for each length would be 500 MiB
+    assert rss_bytes() - before < 16 * MIB  # one compiled product for each length would be 500 MiB
 
 
 @TELLS_MEMORY
@@ -74,8 +71,8 @@ def test_memory_of_attention_without_kernels_is_flat_over_contexts_of_any_length
 
     attend(1, 500)
     attend(300, 500)
-    before = resident_bytes()
+    before = rss_bytes()
     for context_len in range(20, 500, 2):
         attend(1, context_len)
         attend(context_len - 10, context_len)
-    assert resident_bytes() - before < 16 * MIB  # one compiled product for each length would be 300 MiB
+    assert rss_bytes() - before < 16 * MIB  # one compiled product for each length would be 300 MiB

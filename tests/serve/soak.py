@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmdeploy.bench.process_memory import rss_bytes
 from lmdeploy.bench.serving_figures import percentile
 from lmdeploy.bench.serving_http import ConnectionBroken, HttpClient
 from lmdeploy.messages import TurbomindEngineConfig
@@ -213,7 +214,7 @@ class _Soak:
     async def _watch_memory(self) -> None:
         while True:
             for name, number in self._processes.items():
-                size = _rss_bytes(number)
+                size = rss_bytes(number)
                 self._seen.rss_bytes.setdefault(name, []).append((time.monotonic() - self._started, size))
             await asyncio.sleep(1.0)
 
@@ -293,11 +294,6 @@ def _engine_of(server: int) -> int:
             if parent == server and b"lmdeploy.engine.process" in (folder / "cmdline").read_bytes():
                 return int(folder.name)
     raise RuntimeError(f"process {server} has no engine")
-
-
-def _rss_bytes(process: int) -> int:
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def report(seen: Seen, settled_s: float) -> dict[str, Any]:

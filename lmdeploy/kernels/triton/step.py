@@ -57,22 +57,20 @@ def rope_store_attend(
 ) -> Tensor:
     """As the reference: [T, (H + 2 Hkv) * D] -> [T, H * D]."""
     count = ctx.num_decodes
-    tables: tuple[Tensor | None, Tensor | None] = (None, None) if cos is None or sin is None else (cos, sin)
     rotary_dim = 0 if cos is None else 2 * cos.shape[-1]
     if not count or not cuda.supports(spec, keys, values, qkv.dtype, rotary_dim):
-        q = rope_store(qkv, *tables, ctx.positions, ctx.slot_mapping, keys, values, spec)
+        q = rope_store(qkv, cos, sin, ctx.positions, ctx.slot_mapping, keys, values, spec)
         return attend(q, keys, values, ctx, spec, qkv.dtype).flatten(1)
-    done = _whole_decode_rows(qkv[:count], *_rows(tables, slice(count)), keys, values, ctx, spec)
+    done = _whole_decode_rows(qkv[:count], *_rows(cos, sin, slice(count)), keys, values, ctx, spec)
     if count == len(ctx.query_lens):
         return done
     rest = slice(count, None)
-    q = rope_store(qkv[rest], *_rows(tables, rest), ctx.positions[rest], ctx.slot_mapping[rest], keys, values, spec)
+    q = rope_store(qkv[rest], *_rows(cos, sin, rest), ctx.positions[rest], ctx.slot_mapping[rest], keys, values, spec)
     prompts = _prompts(q, keys, values, ctx, spec, qkv.dtype)
     return torch.cat([done, *(part.flatten(1) for part in prompts)])
 
 
-def _rows(tables: tuple[Tensor | None, Tensor | None], rows: slice) -> tuple[Tensor | None, Tensor | None]:
-    cos, sin = tables
+def _rows(cos: Tensor | None, sin: Tensor | None, rows: slice) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if cos is None or sin is None else (cos[rows], sin[rows])
 
 
