@@ -160,8 +160,8 @@ def test_a_step_of_decodes_and_prompts_is_the_twins(policy: QuantPolicy | None) 
 
     query_lens, context_lens = [1, 1, 7, 40, 1, 33], [70, 1, 60, 40, 50, 34]
     spec = AttentionSpec(8, 2, 64, 64, 0.125)
-    ctx = make_step(query_lens, context_lens, 20, 16, CUDA)
-    keys, values = poisoned_layer(20, 16, spec, CUDA, torch.float16, policy)
+    ctx = make_step(query_lens, context_lens, 24, 16, CUDA)
+    keys, values = poisoned_layer(24, 16, spec, CUDA, torch.float16, policy)
     before = [total - count for total, count in zip(context_lens, query_lens, strict=True)]
     fill(keys, values, replace(ctx, context_lens_host=before), spec)
     ctx = replace(ctx, decode_buffers=step.DecodeBuffers(len(query_lens), max(context_lens), CUDA))
