@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Well beyond any last-level cache, so that what is read comes from memory.
 _BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _REPEATS = 8
+_WAKING_S = {"cpu": 0.0, "cuda": 0.4}  # an idle GPU raises its clocks only then
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def measure_read_bandwidth(device: torch.device) -> float:
     """Bytes per second that a sum over a large buffer reads with torch's threads; the best of several passes."""
     size = _BUFFER_BYTES[device.type]
     buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
-    return size / least_seconds(lambda: buffer.sum().item(), _REPEATS)
+    return size / least_seconds(lambda: buffer.sum().item(), _REPEATS, _WAKING_S[device.type])
 
 
 def least_seconds(work: Callable[[], object], repeats: int, budget_s: float = 0.0) -> float:

@@ -110,9 +110,9 @@ class Engine:
             model_format=config.model_format,
         )
         if self.device.type == "cuda":
-            from lmdeploy.engine.warm_up import lay_out
+            from lmdeploy.engine.warm_up import settle
 
-            lay_out(model)
+            settle(self.device)
         return model
 
     def start_runner(self) -> None:

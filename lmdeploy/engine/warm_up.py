@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from lmdeploy.engine.compact import close_gaps
 from lmdeploy.engine.graphs import DecodeGraphs
 from lmdeploy.engine.memory import MemoryPlan
 from lmdeploy.engine.runner import Runner
 from lmdeploy.kernels import decode_buffer_bytes, has_gpu_kernels
+from lmdeploy.kernels.cuda.driver import reserve_less_stack
 from lmdeploy.layers.linear import Linear
 from lmdeploy.logging import get_logger
 from lmdeploy.models.base import CausalLM
@@ -25,11 +25,11 @@ _USUAL_DIM = 128  # of a head, at most, for decode attention in CUDA C++
 _free_streams: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
-def lay_out(model: CausalLM) -> None:
-    """Bring the weights together and give back what their loading left; they are there for every stream then."""
-    close_gaps(model)
-    torch.cuda.current_stream().synchronize()
+def settle(device: torch.device) -> None:
+    """Give back what loading left and stacks reserve; the weights are there for every stream then."""
+    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
+    reserve_less_stack()
 
 
 def plan_arguments(model: CausalLM) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
         runner.graphs.capture(max_batch_size, keeps_hidden=True)
     except Exception as error:  # whatever a model or a kernel cannot do in a capture, it can do without
         runner.graphs = None
-        get_logger().warning("decode steps of %s run without CUDA graphs: %s", model.config.architecture, error)
+        get_logger().warning("decode steps of %s run without CUDA graphs, slower: %s", model.config.architecture, error)
     torch.cuda.current_stream().synchronize()
     torch.cuda.empty_cache()
     gc.collect()

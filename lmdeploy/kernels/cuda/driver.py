@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 _DEFAULT_SHARED_BYTES = 40 << 10
+_STACK_LIMIT, _STACK_BYTES = 0, 256  # CUlimit
 
 Argument = Union[Tensor, "TensorMap", int, float, None]
 
@@ -101,6 +102,18 @@ def driver() -> ctypes.CDLL:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise KernelError(f"the CUDA driver cannot be loaded: {error}") from None
+
+
+def reserve_less_stack() -> None:
+    """Have torch's current context hold 256 bytes of stack for each thread that can run at once, not 1,024.
+
+    That is 198 MiB less on an H100. For a kernel that uses more, the driver reserves more. Source: cudaDeviceSetLimit,
+    https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__DEVICE.html
+    """
+    usual = ctypes.c_size_t()
+    check(driver().cuCtxGetLimit(ctypes.byref(usual), _STACK_LIMIT), "cuCtxGetLimit")
+    if usual.value > _STACK_BYTES:
+        check(driver().cuCtxSetLimit(_STACK_LIMIT, ctypes.c_size_t(_STACK_BYTES)), "cuCtxSetLimit")
 
 
 def check(status: int, what: str) -> None:

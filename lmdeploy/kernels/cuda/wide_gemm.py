@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm; fewer 
 _ARCH = "sm_90a"
 _TILES_PER_GROUP = 4  # of 16 rows that a warpgroup multiplies at once
 _MAX_SHARED_BYTES = 226 << 10  # of the 227 KiB, the barriers are static
+_FEW_TOKENS, _STAGES_OF_FEW = 16, 3
 _RING_BYTES, _STAGES = 112_000, 4  # more were slower: the activations queue behind the weights
 # Registers that a thread has for accumulators and all else, by the warpgroups that multiply.
 _REGISTERS = {1: 240, 2: 200, 3: 136, 4: 96}
@@ -108,8 +109,17 @@ def wide_gemm(
 
 def choose_variant(w: Weight, tokens: int, epilogue: Epilogue, tiling: Tiling | None = None) -> Variant:
     """The compiled form for tiles of so many tokens."""
-    tiling = tiling or choose_tiling(w.n, w.k, w.unit_bytes, epilogue.is_gated)
+    if tiling is None:
+        tiling = choose_tiling(w.n, w.k, w.unit_bytes, epilogue.is_gated)
+        tiling = with_ring_for(tokens, tiling, tiles_per_block(w.n, tiling, epilogue.is_gated), w.unit_bytes)
     return Variant(w.group_size, w.has_zeros, tokens, epilogue, tiling)
+
+
+def with_ring_for(tokens: int, tiling: Tiling, held: int, unit_bytes: int) -> Tiling:
+    """The same, for few tokens with a deeper ring if a block has room for it: no order of summation depends on that."""
+    deeper = replace(tiling, stages=max(tiling.stages, _STAGES_OF_FEW))
+    has_room = shared_bytes(tokens, deeper, held, unit_bytes) <= _MAX_SHARED_BYTES
+    return deeper if tokens <= _FEW_TOKENS and has_room else tiling
 
 
 def tokens_of(m: int) -> int:

@@ -15,7 +15,7 @@ def test_skinny_gemm(number: int) -> None:
     assert check(number) < 1e-2
 
 
-@pytest.mark.parametrize("rows", [8192, 8200, 20000])
+@pytest.mark.parametrize("rows", [16384, 16392, 40000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_copies_in_pieces_multiply_as_a_whole_one(rows: int, dtype: torch.dtype) -> None:
     from benchmarks.skinny_gemm import make_weight
@@ -41,9 +41,9 @@ def test_pieces_of_a_product_take_what_is_added_to_them(addends: set[str]) -> No
     from lmdeploy.kernels.cuda import affine
 
     torch.manual_seed(0)
-    w, _ = make_weight(8200, 256, 128, zeros=True)
+    w, _ = make_weight(16392, 256, 128, zeros=True)
     x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
-    given = {"bias": torch.randn_like(x[0, :1].expand(8200)), "residual": torch.randn_like(x[:, :1].expand(-1, 8200))}
+    given = {"bias": torch.randn_like(x[0, :1].expand(16392)), "residual": torch.randn_like(x[:, :1].expand(-1, 16392))}
 
     def multiply(packed: affine.PackedAffine) -> torch.Tensor:
         named = {name: value.clone() for name, value in given.items() if name in addends}

@@ -66,6 +66,19 @@ def test_the_tables_tilings_fit() -> None:
         check_tiling(Tiling(*values), n, k, UNIT_BYTES, bool(gated))
 
 
+def test_few_tokens_have_a_deeper_ring_where_there_is_room() -> None:
+    tiling = Tiling(4, 2, 1, 2, 2, 64)
+    assert [wide_gemm.with_ring_for(tokens, tiling, 28, UNIT_BYTES).stages for tokens in (8, 16, 32, 64)] == [
+        3,
+        3,
+        2,
+        2,
+    ]
+    assert wide_gemm.with_ring_for(8, tiling, 80, UNIT_BYTES) == tiling
+    deep = Tiling(1, 3, 1, 4, 4, 29)
+    assert wide_gemm.with_ring_for(8, deep, 9, UNIT_BYTES) == deep
+
+
 def test_weights_and_tokens_elsewhere_are_declined() -> None:
     assert not wide_gemm.supports(torch.zeros(40, 256, dtype=torch.bfloat16), Weight(torch.zeros(1), 64, 256))
 
