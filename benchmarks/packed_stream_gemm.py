@@ -128,9 +128,6 @@ def sample(product: Product, count: int, draw: random.Random) -> list[Tiling]:
         replace(
             t,
             row_blocks=max(t.row_blocks - draw.choice((0, 0, 7)), 1),
-            is_alone=draw.random() < 0.3,
-            ahead=draw.choice((0, 0, 3)),
-            multiplies=draw.random() < 0.5,
             is_early=t.row_blocks > 7 and product.fits(replace(t, is_early=True, row_blocks=t.row_blocks - 7)),
         )
         for t in found
@@ -143,10 +140,8 @@ def neighbours(t: Tiling, product: Product) -> list[Tiling]:
     held = -(-product.tiles // t.row_blocks)
     fewest = -(-product.tiles // held)
     changed = [
-        replace(t, is_alone=not t.is_alone), replace(t, multiplies=not t.multiplies), replace(t, blocks_per_sm=2),
-        replace(t, is_early=not t.is_early), replace(t, row_blocks=fewest),
-        replace(t, ahead=held), replace(t, ahead=max(1, held // 2)),
-        replace(t, is_alone=True, multiplies=True), replace(t, parts=2 * t.parts, stages=2 * t.stages),
+        replace(t, blocks_per_sm=2), replace(t, is_early=not t.is_early), replace(t, row_blocks=fewest),
+        replace(t, parts=2 * t.parts, stages=2 * t.stages),
         replace(t, row_blocks=min(product.tiles, 2 * skinny_gemm.num_sms()), stages=1),
     ]  # fmt: skip
     return [one for one in dict.fromkeys(changed) if one != t and product.fits(one)]

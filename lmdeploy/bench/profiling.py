@@ -31,7 +31,7 @@ def profile_engine(path: Path, config: EngineConfig, prompt_tokens: int, batch_s
     try:
         _submit(engine, "warm", prompt_tokens, 1, 2)
         _run(engine)
-        # First: once the profiler has run in a process, launches of graphs stay slow.
+        # First: what the profiler has hooked into launches may stay there.
         host = _host_time(engine, prompt_tokens, batch_size) if engine.device.type == "cuda" else ""
         _submit(engine, "prefill", prompt_tokens, batch_size, 1)
         prefill = _table(lambda: _run(engine))

@@ -2,7 +2,7 @@
 //
 // Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   NW     rows of W of a block, a multiple of 8 (gated: of 16, half of them gates), up to 256
-//   MT     token tiles of 64 of a block                    TT     of those, what each of 2, 3 or 4 warpgroups multiplies
+//   MT     token tiles of 64 of a block: 2, 3 or 4 warpgroups multiply one each
 //   STAGES depth of the ring, no more than a block has stages of 64 columns
 //   CL     parts of K     TC  1|2 blocks along the tokens     MC  blocks along the rows: CL * TC * MC blocks are a cluster
 //   FP16  0|1      activations and weights bf16 or fp16    OUT32 0|1 y in float32
@@ -14,19 +14,19 @@
 // the SMs. With so many tokens nothing is free any more: the copies from L2 to the SMs and the reads of shared memory cost
 // about what the tensor cores do, so a block wants to be as square as its accumulators allow, and what several blocks need is
 // read once. Blocks along the tokens get the same rows of W: each reads half of them for both (multicast; of an odd number
-// of eights the one in the middle comes twice); blocks along the rows get the same tokens in that way. Blocks along K each have a part of the columns, send each other their sums
-// through distributed shared memory, in the ring's place, and finish a part of the rows each.
+// of eights the one in the middle comes twice); blocks along the rows get the same tokens in that way. Blocks along K each have
+// a part of the columns, send each other their sums through distributed shared memory, in the ring's place, and finish a part
+// of the rows each.
 // One thread copies: boxes of 64 columns in the 128-byte swizzle, W's of the first round before griddepcontrol.wait. With
 // CL = 1 a cluster takes tile after tile, and the ring is filled for the next while sums are stored. Every sum has a fixed
 // order, the same for every token: equal bits on every run.
 #include "common.cuh"
 
 #define TOKENS (64 * MT)                     // of a block
-#define GROUPS (MT / TT)                     // warpgroups that multiply; another one copies, and hands its registers to them
-#define CONSUMERS (128 * GROUPS)
+#define CONSUMERS (128 * MT)                 // another warpgroup copies, and hands its registers to them
 #define THREADS (CONSUMERS + 128)
-#define CONSUMER_REGISTERS (GROUPS == 2 ? 232 : GROUPS == 3 ? 160 : 112)
-#define COPIER_REGISTERS (GROUPS == 2 ? 40 : 32)
+#define CONSUMER_REGISTERS (MT == 2 ? 232 : MT == 3 ? 160 : 112)
+#define COPIER_REGISTERS (MT == 2 ? 40 : 32)
 #define SHARE (TC * MC)                      // blocks that have the same part of K
 #define CLUSTER (CL * SHARE)
 #define XBYTES (TOKENS * 128)                // of 64 columns
@@ -133,29 +133,27 @@ batch_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ Tenso
   NEXT_MAY_START();
   WAIT_FOR_PREVIOUS();
 
-  // This thread's tokens are token0 + 64 t and those 8 behind, its columns of y 8 c + 2 (lane & 3) and the next of its
+  // This thread's tokens are token0 and that 8 behind, its columns of y 8 c + 2 (lane & 3) and the next of its
   // tile's; with CL > 1 it finishes chunks c0 .. c1 of them.
-  const int token0 = along_tokens * TOKENS + (warp >> 2) * (64 * TT) + (warp & 3) * 16 + (lane >> 2);
+  const int token0 = along_tokens * TOKENS + (warp >> 2) * 64 + (warp & 3) * 16 + (lane >> 2);
   const int c0 = part * OUTS / CL, c1 = (part + 1) * OUTS / CL;
-  u32 added[EPI == 1 ? FETCHED : 1][TT][2];
+  u32 added[EPI == 1 ? FETCHED : 1][2];
   auto fetch_residual = [&](int row0, int chunk) {
 #pragma unroll
     for (int i = 0; i < FETCHED; i++)
 #pragma unroll
-      for (int t = 0; t < TT; t++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int n = row0 + (chunk + i) * 8 + 2 * (lane & 3), token = token0 + 64 * t + 8 * h;
-          added[EPI == 1 ? i : 0][t][h] = chunk + i < c1 && n < outs && token < M ? ldg32(residual + (long long)token * ldy + n) : 0;
-        }
+      for (int h = 0; h < 2; h++) {
+        const int n = row0 + (chunk + i) * 8 + 2 * (lane & 3), token = token0 + 8 * h;
+        added[EPI == 1 ? i : 0][h] = chunk + i < c1 && n < outs && token < M ? ldg32(residual + (long long)token * ldy + n) : 0;
+      }
   };
-  auto finish = [&](int row0, int chunk, int t, const float (&v)[4], const float (&up)[4], const u32 (&added)[2]) {
+  auto finish = [&](int row0, int chunk, const float (&v)[4], const float (&up)[4], const u32 (&added)[2]) {
     const int n = row0 + chunk * 8 + 2 * (lane & 3);
     if (n >= outs) return;
     const u32 offset = BIAS ? *(const u32*)(bias + n) : 0, up_offset = BIAS && EPI == 2 ? *(const u32*)(bias + outs + n) : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int token = token0 + 64 * t + 8 * h;
+      const int token = token0 + 8 * h;
       if (token >= M) continue;
       float one = v[2 * h], two = v[2 * h + 1];
       if (BIAS) { one += lo(offset); two += hi(offset); }
@@ -196,28 +194,22 @@ batch_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ Tenso
     return;
   }
   take_registers<CONSUMER_REGISTERS>();
-  float d[TT][NW / 2];       // d[t][4 c + 2 h + e]: token token0 + 64 t + 8 h, column 8 c + 2 (lane & 3) + e
-  const u32 tokens = ring + (warp >> 2) * (TT * 8192), rows = ring + XBYTES;
+  float d[NW / 2];           // d[4 c + 2 h + e]: token token0 + 8 h, column 8 c + 2 (lane & 3) + e
+  const u32 tokens = ring + (warp >> 2) * 8192, rows = ring + XBYTES;
   int slot = 0; u32 parity = 0;
 #pragma unroll 1
   for (int tile = first; tile < tiles; tile += clusters) {
     int before = 0;
     auto release = [&]() { if (lane < SHARE) arrive(empty + 8 * before, part * SHARE + lane); };
 #pragma unroll
-    for (int t = 0; t < TT; t++)
-#pragma unroll
-      for (int i = 0; i < NW / 2; i++) d[t][i] = 0.f;
+    for (int i = 0; i < NW / 2; i++) d[i] = 0.f;
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
       wait(full + 8 * slot, parity);
       wgmma_fence();
-      const u64 b = descriptor(rows + slot * STAGE_BYTES);
+      const u64 b = descriptor(rows + slot * STAGE_BYTES), a = descriptor(tokens + slot * STAGE_BYTES);
 #pragma unroll
-      for (int t = 0; t < TT; t++) {
-        const u64 a = descriptor(tokens + slot * STAGE_BYTES + t * 8192);
-#pragma unroll
-        for (int j = 0; j < 4; j++) wgmma(d[t], a + 2 * j, b + 2 * j);
-      }
+      for (int j = 0; j < 4; j++) wgmma(d, a + 2 * j, b + 2 * j);
       wgmma_commit();
       wgmma_wait<1>();
       if (step > 0) release();
@@ -225,38 +217,31 @@ batch_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ Tenso
       if (++slot == STAGES) { slot = 0; parity ^= 1; }
     }
     wgmma_wait<0>();
-#pragma unroll
-    for (int t = 0; t < TT; t++) settle(d[t]);
+    settle(d);
     release();
     if (CL > 1) break;
     const int row0 = row_of(tile);
 #pragma unroll
     for (int c = 0; c < OUTS; c++) {
       if (EPI == 1 && c % FETCHED == 0) fetch_residual(row0, c);
-#pragma unroll
-      for (int t = 0; t < TT; t++) {
-        const int u = EPI == 2 ? c + OUTS : c;
-        const float v[4] = {d[t][4 * c], d[t][4 * c + 1], d[t][4 * c + 2], d[t][4 * c + 3]};
-        const float up[4] = {d[t][4 * u], d[t][4 * u + 1], d[t][4 * u + 2], d[t][4 * u + 3]};
-        finish(row0, c, t, v, up, added[EPI == 1 ? c % FETCHED : 0][t]);
-      }
+      const int u = EPI == 2 ? c + OUTS : c;
+      const float v[4] = {d[4 * c], d[4 * c + 1], d[4 * c + 2], d[4 * c + 3]};
+      const float up[4] = {d[4 * u], d[4 * u + 1], d[4 * u + 2], d[4 * u + 3]};
+      finish(row0, c, v, up, added[EPI == 1 ? c % FETCHED : 0]);
     }
   }
 #if CL > 1
-  // Each block along K finishes chunks c0 .. c1. The others send it theirs: parts[source][chunk - c0][half][t][thread].
+  // Each block along K finishes chunks c0 .. c1. The others send it theirs: parts[source][chunk - c0][half][thread].
   const int row0 = row_of(first);
   __syncwarp();
   cluster_arrive();          // nothing is read from the ring any more
   cluster_wait();
-  auto place = [&](int source, int i, int half, int t) {
-    return ring + ((((source * PART + i) * HALVES + half) * TT + t) * CONSUMERS + tid) * 16; };
+  auto place = [&](int source, int i, int half) { return ring + (((source * PART + i) * HALVES + half) * CONSUMERS + tid) * 16; };
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-    for (int t = 0; t < TT; t++) {
-      const int owner = owner_of(c % OUTS), i = c % OUTS - owner * OUTS / CL;
-      stcluster(place(part, i, c / OUTS, t), owner * SHARE + rank % SHARE, d[t][4 * c], d[t][4 * c + 1], d[t][4 * c + 2], d[t][4 * c + 3]);
-    }
+  for (int c = 0; c < CHUNKS; c++) {
+    const int owner = owner_of(c % OUTS), i = c % OUTS - owner * OUTS / CL;
+    stcluster(place(part, i, c / OUTS), owner * SHARE + rank % SHARE, d[4 * c], d[4 * c + 1], d[4 * c + 2], d[4 * c + 3]);
+  }
   cluster_publish();
   if (EPI == 1) fetch_residual(row0, c0);
   __syncwarp();
@@ -264,18 +249,15 @@ batch_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ Tenso
 #pragma unroll
   for (int i = 0; i < PART; i++) {
     if (c0 + i >= c1) break;
+    float v[2][4] = {};
 #pragma unroll
-    for (int t = 0; t < TT; t++) {
-      float v[2][4] = {};
+    for (int source = 0; source < CL; source++)
 #pragma unroll
-      for (int source = 0; source < CL; source++)
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-          const float4 q = lds_float4(place(source, i, h, t));
-          v[h][0] += q.x; v[h][1] += q.y; v[h][2] += q.z; v[h][3] += q.w;
-        }
-      finish(row0, c0 + i, t, v[0], v[HALVES - 1], added[EPI == 1 ? i : 0][t]);
-    }
+      for (int h = 0; h < HALVES; h++) {
+        const float4 q = lds_float4(place(source, i, h));
+        v[h][0] += q.x; v[h][1] += q.y; v[h][2] += q.z; v[h][3] += q.w;
+      }
+    finish(row0, c0 + i, v[0], v[HALVES - 1], added[EPI == 1 ? i : 0]);
   }
 #endif
 }

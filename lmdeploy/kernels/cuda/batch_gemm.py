@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from torch import Tensor
 from lmdeploy.kernels.cuda import nvrtc, skinny_gemm
 from lmdeploy.kernels.cuda.driver import Kernel
 from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
-from lmdeploy.kernels.cuda.skinny_gemm import num_sms
+from lmdeploy.kernels.cuda.skinny_gemm import num_sms, tiling_table
 from lmdeploy.kernels.cuda.tensor_gemm import has_instructions
 from lmdeploy.kernels.cuda.tensor_map import TensorMap
 
@@ -41,14 +39,13 @@ _OPERATIONS, _MEMORY_BYTES, _L2_BYTES, _SHARED_BYTES, _EXCHANGE_BYTES, _START = 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is spread over blocks: the names are those of the macros NW, CL, TC, MC, MT, TT and STAGES."""
+    """How a product is spread over blocks: the names are those of the macros NW, CL, TC, MC, MT and STAGES."""
 
     rows: int
     splits: int  # blocks of a cluster along K,
     along_tokens: int  # along the tokens
     along_rows: int  # and along the rows
-    token_tiles: int  # of 64, of a block
-    held: int  # of those, by a warpgroup
+    token_tiles: int  # of 64, of a block: one for each warpgroup that multiplies
     stages: int
 
     @property
@@ -59,7 +56,7 @@ class Tiling:
     @property
     def threads(self) -> int:
         """Of the warpgroups that multiply and the one that copies."""
-        return 128 * (self.token_tiles // self.held + 1)
+        return 128 * (self.token_tiles + 1)
 
     @property
     def tokens(self) -> int:
@@ -90,15 +87,14 @@ class Tiling:
     def fits(self, k: int, is_gated: bool) -> bool:
         """Whether the kernel can be made, and run on k columns."""
         halves = 2 if is_gated else 1
-        sums = self.held * self.rows // 2
-        before, after = _REGISTERS.get(self.token_tiles // self.held, (0, 0))
+        before, after = _REGISTERS.get(self.token_tiles, (0, 0))
         beside, beside_all = _OTHER_REGISTERS
         return (
             self.rows % (8 * halves) == 0 and self.along_tokens <= 2 and self.rows <= _MAX_ROWS and self.cluster <= _MAX_CLUSTER
-            and self.token_tiles % self.held == 0 and self.token_tiles * 8 % self.along_rows == 0
+            and self.token_tiles * 8 % self.along_rows == 0
             and self.splits <= self.rows // 8 // halves
             and 2 <= self.stages <= -(-k // _COLUMNS) // self.splits and self.rows // 2 + beside <= before
-            and sums + beside_all <= after and self.shared_bytes(is_gated) <= _MAX_SHARED_BYTES
+            and self.rows // 2 + beside_all <= after and self.shared_bytes(is_gated) <= _MAX_SHARED_BYTES
         )  # fmt: skip
 
     def _exchanged_bytes(self, is_gated: bool) -> int:
@@ -121,7 +117,7 @@ class Variant:
         t = self.tiling
         sums = range(t.rows // 2)
         return {
-            "NW": t.rows, "MT": t.token_tiles, "TT": t.held, "STAGES": t.stages, "CL": t.splits, "TC": t.along_tokens,
+            "NW": t.rows, "MT": t.token_tiles, "STAGES": t.stages, "CL": t.splits, "TC": t.along_tokens,
             "MC": t.along_rows, **self.epilogue.macros(),
             "REGISTERS": '"' + ",".join(f"%{i}" for i in sums) + '"',
             "ACCUMULATORS": ",".join(f'"+f"(d[{i}])' for i in sums),
@@ -166,7 +162,7 @@ def batch_gemm(
 @functools.cache
 def choose_tiling(n: int, k: int, tokens: int, is_gated: bool) -> Tiling | None:
     """The measured best for the shape and the padded number of tokens, where there is one for this GPU."""
-    found = _table(num_sms()).get(f"{n}x{k}{':gated' if is_gated else ''}:{tokens}")
+    found = tiling_table(f"batch_tilings_sm90_{num_sms()}").get(f"{n}x{k}{':gated' if is_gated else ''}:{tokens}")
     if found is None:
         return None
     tiling = Tiling(*found)
@@ -202,22 +198,14 @@ def tilings(n: int, k: int, tokens: int, is_gated: bool) -> Iterator[Tiling]:
         if tokens % (_TOKENS * along_tokens):
             continue
         token_tiles = tokens // _TOKENS // along_tokens
-        held_by = range(1, token_tiles // 2 + 1)
-        choices = itertools.product((1, 2, 3, 4, 6, 8), (1, 2), held_by, range(step, _MAX_ROWS + 1, step))
-        for splits, along_rows, held, rows in choices:
+        choices = itertools.product((1, 2, 3, 4, 6, 8), (1, 2), range(step, _MAX_ROWS + 1, step))
+        for splits, along_rows, rows in choices:
             if splits * along_tokens * along_rows in _CLUSTERS and rows <= n:
-                shallow = Tiling(rows, splits, along_tokens, along_rows, token_tiles, held, 2)
+                shallow = Tiling(rows, splits, along_tokens, along_rows, token_tiles, 2)
                 deep = (_MAX_SHARED_BYTES - _ALIGNMENT) // shallow.stage_bytes
                 tiling = replace(shallow, stages=min(deep, -(-k // _COLUMNS) // splits))
                 if tiling.fits(k, is_gated):
                     yield tiling
-
-
-@functools.cache
-def _table(num_sms: int) -> dict[str, list[int]]:
-    """Measured tilings by "NxK:tokens", with ":gated" behind K for gates and ups, for GPUs with that many SMs."""
-    path = Path(__file__).with_name(f"batch_tilings_sm90_{num_sms}.json")
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 @functools.lru_cache(maxsize=8192)

@@ -11,9 +11,7 @@
 //   ACT   0 silu, 1 gelu, 2 gelu_tanh
 //   NORM  0|1     x is multiplied by gamma + NORM_OFFSET, the product by 1/rms(x): an RMS norm in front
 //   MINB          blocks per SM that __launch_bounds__ asks for
-//   AHEAD         tiles (pairs) of each unit that are requested into L2 at the start, as one run: 0 or more than the ring
 //   EARLY 0|1     no warp has more than one tile: its fragments are made before x is waited for
-//   MUL   0|1     bf16: nibbles are shifted by the multiplier's pipe, since shifts and masks share another one
 //
 // Packed weights are those of skinny_gemm.cu: [K/128][NT][UNIT bytes], a unit being 16 rows x 128 columns as A fragments of
 // mma.m16n8k16, then scales and zeros. A block owns a run of tiles over all of K; each of its warps owns a run of U k-units,
@@ -80,15 +78,6 @@ __device__ __forceinline__ float squares_of(u32 v) { return lo(v) * lo(v) + hi(v
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32." TY "." TY ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); }
-// The same as integers(w, a) by products with 2^28, 2^24 and 2^20. place: 2^20, unknown to the compiler, which would shift.
-__device__ __forceinline__ void integers(u32 w, u32 (&a)[4], u32 place) {
-#if MUL && !FP16
-  a[0] = andor<0x000f000f, 0x43004300>(w);                           a[1] = andor<0x000f000f, 0x43004300>(__umulhi(w, place << 8));
-  a[2] = andor<0x000f000f, 0x43004300>(__umulhi(w, place << 4));     a[3] = andor<0x000f000f, 0x43004300>(__umulhi(w, place));
-#else
-  integers(w, a);
-#endif
-}
 // What an entry of scale and zero makes of a sum of (BASE + q) x, given the sum of x; h: rows 8-15.
 __device__ __forceinline__ float scaled(u32 entry, float sum, float of_x, int h) {
   const float scale = half2f(entry);
@@ -101,7 +90,6 @@ __device__ __forceinline__ float scaled(u32 entry, float sum, float of_x, int h)
 #endif
 }
 
-__device__ __forceinline__ void prefetch(const char* src, u32 bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory"); }
 __device__ __forceinline__ float sum_over_lanes(float v) {
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
@@ -139,8 +127,6 @@ packed_stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16*
     for (int s = 0; s < STAGES; s++) init(bar + 8 * s, 1);
     fence_inits();
   }
-  if (AHEAD && lane % U < units && lane / U < SIDES && mine > 0)
-    prefetch(w + (k0 + lane % U) * row_of_units + (long long)(lane / U * tiles + t0 + first) * UNIT, min(AHEAD, mine) * UNIT);
   __syncwarp();
   for (int s = 0; s < STAGES && s / PARTS < steps; s++) fetch(s / PARTS, s % PARTS, s);
   NEXT_MAY_START();
@@ -158,7 +144,6 @@ packed_stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16*
     for (int i = 0; i < XV; i++)
       if (tid + i * THREADS < VECTORS) scales[NORM ? i : 0] = *(const uint4*)(gamma + (tid + i * THREADS) * 8);
   }
-  [[maybe_unused]] const u32 place = 0x100000u + (u32)(M >> 31);
   int slot = 0; u32 parity = 0;
 #if EARLY
   u32 early[U][8][4];
@@ -169,7 +154,7 @@ packed_stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16*
     const uint4 q0 = lds128(from), q1 = lds128(from + 512);
     const u32 q[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
 #pragma unroll
-    for (int s = 0; s < 8; s++) integers(q[s], early[unit][s], place);
+    for (int s = 0; s < 8; s++) integers(q[s], early[unit][s]);
   }
 #endif
   WAIT_FOR_PREVIOUS();
@@ -273,7 +258,7 @@ packed_stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16*
             const u32 (&a)[4] = early[unit][s];
 #else
             u32 a[4];
-            integers(q[s], a, place);
+            integers(q[s], a);
 #endif
             const uint4 v = xs[b][s / 2];
             mma(d[s * GROUPS / 8 * CHAINS + s % CHAINS], a, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);

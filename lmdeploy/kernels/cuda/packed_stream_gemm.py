@@ -22,26 +22,19 @@ _MAX_UNITS = 8  # of 128 columns, of a warp
 _MAX_UNITS_AND_TOKENS = 32  # the same times tokens: 64 registers of x
 _STATIC_SHARED_BYTES = 4 << 10  # more than barriers, a norm's sums and the system's own take
 _MAX_SHARED_BYTES = (227 << 10) - _STATIC_SHARED_BYTES
-_SHARED_BYTES_OF_ONE = 116 << 10  # of two such blocks, an SM holds one
 _RING_BYTES, _MAX_STAGES, _USUAL_WARPS, _USUAL_UNITS = 160 << 10, 8, 12, 4
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is spread over warps and blocks; the names are the macros' of packed_stream_gemm.cu.
-
-    is_alone: a block takes so much shared memory that an SM holds one.
-    """
+    """How a product is spread over warps and blocks; the names are the macros' of packed_stream_gemm.cu."""
 
     warps_k: int
     warps_n: int
     tiles: int
     stages: int
     row_blocks: int
-    is_alone: bool = False
     blocks_per_sm: int = 1
-    ahead: int = 0
-    multiplies: bool = False
     parts: int = 1
     is_early: bool = False
 
@@ -87,8 +80,7 @@ class Product:
         stage = self.sides * (self.units_of_warp(t) // t.parts) * t.tiles * self.unit_bytes
         ring = t.warps_k * t.warps_n * t.stages * stage
         sums = t.warps_k * t.parts * -(-self.tiles // t.row_blocks) * self.sides * 16 * self.tokens * 4
-        both = ring + sums + (self.tokens * self.k * 2 if self.has_norm else 0)
-        return max(both, _SHARED_BYTES_OF_ONE) if t.is_alone else both
+        return ring + sums + (self.tokens * self.k * 2 if self.has_norm else 0)
 
     def units_of_warp(self, t: Tiling) -> int:
         """k-units of the warps that have most."""
@@ -123,7 +115,7 @@ class Variant:
         return {
             "COLS": product.k, "GROUP": self.group_size, "ZERO": int(self.has_zeros), "TOK": product.tokens,
             "WK": t.warps_k, "WN": t.warps_n, "TILES": t.tiles, "STAGES": t.stages, "MINB": t.blocks_per_sm,
-            "PARTS": t.parts, "EARLY": int(t.is_early), "AHEAD": t.ahead, "MUL": int(t.multiplies),
+            "PARTS": t.parts, "EARLY": int(t.is_early),
             "NORM": int(product.has_norm), "NORM_OFFSET": f"{self.norm_offset}f", **self.epilogue.macros(),
         }  # fmt: skip
 
