@@ -20,13 +20,13 @@ UNKNOWN_TOKEN = -1
 class Batch:
     """A step's inputs on the device.
 
-    input_ids: [T] int64. sample_rows: rows of the hidden states whose logits are sampled; sampling_states: their
-    requests.
+    input_ids: [T] int64. sample_rows: those whose logits are sampled, of the hidden states that the model gives;
+    sampling_states: their requests.
     """
 
     input_ids: Tensor
     ctx: ForwardContext
-    sample_rows: Tensor
+    sample_rows: Tensor | slice
     sampling_states: list[RequestState]
 
 
@@ -53,6 +53,8 @@ def build_batch(
     unknown = np.flatnonzero(ids == UNKNOWN_TOKEN)
     if len(unknown):
         input_ids[to_device(unknown, np.int64)] = tokens_in_flight([states[row] for row in rows[unknown]])
+    sampling = np.flatnonzero(plan.samples)
+    sample_rows = to_device(last_rows[sampling] if len(sampling) else [0], np.int64)  # kernels want at least a row
     ctx = ForwardContext(
         positions=to_device(positions, np.int64),
         cu_seqlens_q=to_device(np.append(0, last_rows + 1), np.int32),
@@ -64,12 +66,12 @@ def build_batch(
         query_lens=plan.num_tokens.tolist(),
         context_lens_host=context_lens.tolist(),
         decode_buffers=decode_buffers,
+        wanted_rows=None if plan.is_decode or plan.states.wants_hidden_states else sample_rows,
     )
-    sampling = np.flatnonzero(plan.samples)
     return Batch(
         input_ids=input_ids,
         ctx=ctx,
-        sample_rows=to_device(last_rows[sampling], np.int64),
+        sample_rows=sample_rows if plan.states.wants_hidden_states else slice(None),
         sampling_states=[states[row] for row in sampling],
     )
 

@@ -123,15 +123,13 @@ class Engine:
         plan, device, model = self.plan, self.device, self.resting_model
         assert model is not None
         if device.type == "cuda":
-            from lmdeploy.engine.warm_up import take_stream
+            from lmdeploy.engine.warm_up import take_stream, warm_up
 
             self._stream = self._stream or take_stream(device)
             torch.cuda.set_stream(self._stream)
         cache = _make_cache(model, plan, self.config.quant_policy, device)
         self.runner = Runner(model, cache, plan.max_batch_size, plan.session_len, self._max_steps_in_flight)
         if device.type == "cuda":
-            from lmdeploy.engine.warm_up import warm_up
-
             warm_up(self.runner, plan, uses_graphs=self._has_gpu_kernels and not self.config.eager_mode)
         self.resting_model = None
 

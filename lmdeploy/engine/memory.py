@@ -135,10 +135,7 @@ def plan_memory(
 
 def device_memory(device: torch.device) -> tuple[int, int]:
     """(total, free) bytes of the device, or of what LMDEPLOY_DEVICE_MEMORY lets us see of it."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free, total = _host_memory()
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else _host_memory()
     limit = env.device_memory_bytes()
     if limit is not None and limit < total:
         free, total = max(limit - (total - free), 0), limit
@@ -180,14 +177,13 @@ def _num_blocks(share: float | None, free: int, block_bytes: int, device: torch.
 
 
 def _host_memory() -> tuple[int, int]:
-    """(total, available) bytes of main memory."""
+    """(available, total) bytes of main memory."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return tuple(int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
+        return tuple(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))  # type: ignore[return-value]
     except (OSError, KeyError):
-        names = getattr(os, "sysconf_names", {})
-        if "SC_PHYS_PAGES" not in names:
-            return 8 << 30, 4 << 30
+        if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+            return 4 << 30, 8 << 30
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total, total // 2
+        return total // 2, total

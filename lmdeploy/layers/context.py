@@ -39,7 +39,8 @@ class ForwardContext:
     block_tables: [B, max_blocks] int32, padded with 0. slot_mapping: [T] int64, block * S + offset.
     prompt_lens: [B] int32, the length that fixes dynamic rotary scaling. query_lens, context_lens_host: the same numbers
     as Python ints, so that no kernel must ask the device. Requests of one token come first. decode_buffers: what the GPU's
-    decode attention keeps from step to step.
+    decode attention keeps from step to step. wanted_rows: [R] int64, the tokens whose hidden states are wanted at the end;
+    None for all.
     """
 
     positions: Tensor
@@ -52,6 +53,7 @@ class ForwardContext:
     query_lens: list[int]
     context_lens_host: list[int]
     decode_buffers: object | None = None
+    wanted_rows: Tensor | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -70,6 +72,10 @@ class ForwardContext:
         rows = torch.arange(len(self.query_lens), device=self.positions.device)
         counts = (self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]).long()
         return rows.repeat_interleave(counts, output_size=self.positions.shape[0])
+
+    def still_read(self, x: Tensor, is_last: bool) -> Tensor:
+        """Of x [T, C] behind a layer's attention what anything reads: of the last layer's only the rows that are wanted."""
+        return x[self.wanted_rows] if is_last and self.wanted_rows is not None else x
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Compute something once per step and share it between the layers (rotary tables, work lists)."""

@@ -55,7 +55,7 @@ class CausalLM(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 
     def make_layer(self, index: int) -> nn.Module:
-        """Decoder layer `index`: forward(x [T, C], ctx) -> [T, C]."""
+        """Decoder layer `index`: forward(x [T, C], ctx) -> [T, C], the last one's of the wanted rows."""
         raise NotImplementedError
 
     def make_attention(self, index: int) -> nn.Module:
@@ -73,7 +73,7 @@ class CausalLM(nn.Module):
         return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.config.norm_offset)
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext, input_embeds: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm, [T, C]. input_embeds [T, C] stand in for the embedding of input_ids."""
+        """Hidden states after the final norm, [T, C] or of the wanted rows. input_embeds [T, C]: in place of input_ids'."""
         x = self.embed(input_ids) if input_embeds is None else input_embeds
         for layer in self.layers:
             x = layer(x, ctx)

@@ -38,6 +38,7 @@ class FalconParallelLayer(nn.Module):
 
     def __init__(self, model: CausalLM, index: int) -> None:
         super().__init__()
+        self.is_last = index == model.config.num_layers - 1
         self.input_layernorm = model.make_norm()
         self.self_attn = model.make_attention(index)
         self.mlp_layernorm = model.make_norm() if model.config.variant == "two norms" else None
@@ -50,6 +51,7 @@ class FalconParallelLayer(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         attended = self.self_attn(x, self.input_layernorm, ctx, residual=x.clone())  # the MLP reads x, too
+        x, attended = (ctx.still_read(part, self.is_last) for part in (x, attended))
         return self.mlp(x, self.mlp_layernorm or self.input_layernorm, residual=attended)
 
 

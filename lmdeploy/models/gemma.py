@@ -25,6 +25,7 @@ class SandwichDecoderLayer(nn.Module):
 
     def __init__(self, model: CausalLM, index: int) -> None:
         super().__init__()
+        self.is_last = index == model.config.num_layers - 1
         self.input_layernorm = model.make_norm()
         self.self_attn = model.make_attention(index)
         self.post_attention_layernorm = model.make_norm()
@@ -34,6 +35,7 @@ class SandwichDecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(x, self.input_layernorm, ctx, residual=None))
+        x = ctx.still_read(x, self.is_last)
         return x + self.post_feedforward_layernorm(self.mlp(x, self.pre_feedforward_layernorm, residual=None))
 
 

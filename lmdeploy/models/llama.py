@@ -24,13 +24,14 @@ class LlamaDecoderLayer(nn.Module):
 
     def __init__(self, model: CausalLM, index: int) -> None:
         super().__init__()
+        self.is_last = index == model.config.num_layers - 1
         self.input_layernorm = model.make_norm()
         self.self_attn = model.make_attention(index)
         self.post_attention_layernorm = model.make_norm()
         self.mlp = model.make_mlp(index)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, ctx, residual=x)
+        x = ctx.still_read(self.self_attn(x, self.input_layernorm, ctx, residual=x), self.is_last)
         return self.mlp(x, self.post_attention_layernorm, residual=x)
 
 

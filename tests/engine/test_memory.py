@@ -164,6 +164,14 @@ def test_logits_come_when_the_activations_of_layers_are_gone(
     assert with_piece - mib == pytest.approx(64 if tokens == 8192 else 0, abs=0.5)
 
 
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux says so there")
+def test_of_main_memory_only_what_is_available_is_free() -> None:
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    total, free = device_memory(torch.device("cpu"))
+    assert total == int(lines["MemTotal"].split()[0]) * 1024
+    assert abs(free - int(lines["MemAvailable"].split()[0]) * 1024) < 0.2 * total
+
+
 def test_a_limit_below_what_is_used_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     see(monkeypatch, 1000, 600)
     for text, seen in (("2000", (1000, 400)), ("700B", (700, 100)), ("500", (500, 0)), ("-1", (-1, 0))):
