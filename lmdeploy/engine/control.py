@@ -151,4 +151,6 @@ def _free() -> None:
     gc.unfreeze()  # what the start on a GPU froze
     gc.collect()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        from lmdeploy.engine.warm_up import free_cached
+
+        free_cached()

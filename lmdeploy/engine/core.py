@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,6 @@ class Engine:
 
         starts_runner: this thread runs the steps; else `start_runner` is still to be called by the one that does.
         """
-        started = time.monotonic()
         self.path, self.config = path, config
         self.device = device = _device(config.device)
         if config.deterministic:
@@ -86,7 +84,6 @@ class Engine:
             num_blocks=plan.num_blocks,
             block_size=config.block_size,
             weight_bytes=plan.weight_bytes,
-            load_s=time.monotonic() - started,
             eos_token_ids=list(model.config.eos_token_ids),
             memory_plan=plan.rows(),
         )
@@ -251,6 +248,7 @@ class Engine:
             from lmdeploy.engine.warm_up import give_back
 
             give_back(self._stream)
+            self._stream = None
         return outputs
 
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:

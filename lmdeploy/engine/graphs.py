@@ -25,7 +25,7 @@ from lmdeploy.models.base import CausalLM
 
 _STEP = 8  # between sizes of the ladder above 8
 _STAGES = 4  # rows that may still be on their way to the device
-_capture_lock = threading.Lock()  # a capture begins by waiting for the whole device, which breaks another thread's
+capture_lock = threading.Lock()  # a capture begins by waiting for the whole device, which breaks another thread's
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DecodeGraphs:
         if missing:
             try:
                 self.capture(*missing[0])
-            except RuntimeError as error:
+            except Exception as error:
                 self._takes_no_more = True
                 get_logger().warning("no more decode steps are captured; larger ones take their place: %s", error)
         return bool(missing)
@@ -113,7 +113,7 @@ class DecodeGraphs:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()  # of the steps, for what is kept by stream
         self._captured.append(graph)
         captured = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
-        with _capture_lock, captured:
+        with capture_lock, captured:
             result = self.step(size, keeps_hidden)
         self.graphs[size, keeps_hidden] = Graph(graph.replay, result)
 

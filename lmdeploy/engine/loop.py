@@ -183,6 +183,7 @@ class EngineLoop:
     def _end(self, error: EngineDead) -> None:
         """Tell every waiter, those still in the queue of commands too; `add` itself tells those that come later."""
         self.error = error
+        atexit.unregister(self.close)
         self._stats = {**self._stats, "num_running": 0, "num_waiting": 0}
         while not self._commands.empty():
             command = self._commands.get()

@@ -153,7 +153,7 @@ def kv_bytes_per_token(model: ModelConfig, dtype: torch.dtype, policy: QuantPoli
 
 
 def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, requests: int, piece_bytes: int = 0) -> int:
-    """Upper estimate of what one step holds at its peak beside weights and cache.
+    """Upper estimate of what one step holds at its peak beside weights and cache, by a GPU's kernels.
 
     Per token the residual stream, its norm and what a layer makes of it: gate, up and their product, or q, k, v, q turned,
     keys and values in a row and the attention's output; beside them a piece of a weight. When they are gone, per sampled row

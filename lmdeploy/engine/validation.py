@@ -14,7 +14,7 @@ from lmdeploy.errors import InvalidParameter, PromptTooLong
 @dataclass(frozen=True)
 class EngineInfo:
     """An engine's numbers, fixed once it has started. max_batch_size: as asked for, if it was, though no more requests run
-    than there are blocks. memory_plan: rows of (name, value) to print."""
+    than there are blocks. load_s: until it could answer, told by what runs it. memory_plan: rows of (name, value) to print."""
 
     architecture: str
     dtype: str
@@ -25,7 +25,7 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     weight_bytes: int
-    load_s: float
+    load_s: float = 0.0
     eos_token_ids: list[int] = field(default_factory=list)
     memory_plan: list[tuple[str, str]] = field(default_factory=list)
 

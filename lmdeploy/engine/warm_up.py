@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 from collections import defaultdict
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 
-from lmdeploy.engine.graphs import DecodeGraphs
+from lmdeploy.engine.graphs import DecodeGraphs, capture_lock
 from lmdeploy.engine.memory import MemoryPlan
 from lmdeploy.engine.runner import Runner
 from lmdeploy.kernels import decode_buffer_bytes, has_gpu_kernels
 from lmdeploy.kernels.cuda.driver import reserve_less_stack
+from lmdeploy.kernels.cuda.nvrtc import KernelError
 from lmdeploy.layers.linear import Linear
 from lmdeploy.logging import get_logger
 from lmdeploy.models.base import CausalLM
@@ -27,9 +29,16 @@ _free_streams: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(
 
 def settle(device: torch.device) -> None:
     """Give back what loading left and stacks reserve; the weights are there for every stream then."""
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    reserve_less_stack()
+    torch.cuda.current_stream(device).synchronize()
+    free_cached()
+    with capture_lock, contextlib.suppress(KernelError):  # it is not worth an engine that does not start
+        reserve_less_stack()
+
+
+def free_cached() -> None:
+    """Give back memory that torch keeps. A capture, another engine's too, would fail meanwhile."""
+    with capture_lock:
+        torch.cuda.empty_cache()
 
 
 def plan_arguments(model: CausalLM) -> dict[str, Any]:
@@ -73,7 +82,7 @@ def take_stream(device: torch.device) -> torch.cuda.Stream:
 def give_back(stream: torch.cuda.Stream) -> None:
     """Free what an engine leaves, and let the next one have its stream. To be called when its graphs are gone."""
     torch.cuda.set_stream(torch.cuda.default_stream(stream.device))
-    torch.cuda.empty_cache()
+    free_cached()
     _free_streams[stream.device].append(stream)
 
 
@@ -100,7 +109,7 @@ def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:
         runner.graphs = None
         get_logger().warning("decode steps of %s run without CUDA graphs, slower: %s", model.config.architecture, error)
     torch.cuda.current_stream().synchronize()
-    torch.cuda.empty_cache()
+    free_cached()
     gc.collect()
     gc.freeze()  # a collection that walks all that a model is made of takes longer than a step
 

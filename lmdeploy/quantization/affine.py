@@ -117,7 +117,7 @@ class AffineMethod(LinearMethod):
     @property
     def piece_bytes(self) -> int:
         """What such steps take at a time without a copy."""
-        return min(self.copy_bytes, 2 * self.packed.k * self.packed.rows_at_once) if self.copy_bytes else 0
+        return self.packed.piece_bytes if self.copy_bytes else 0
 
     def keep_copy(self) -> None:
         """Keep the weight in 16 bits, too, for steps of many tokens."""

@@ -49,9 +49,9 @@ class PackedAffine:
         return self.weight.data.nbytes
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows of the copy that are made at a time, where it is not kept."""
-        return _ROWS_AT_ONCE
+    def piece_bytes(self) -> int:
+        """What is made of the copy at a time, where it is not kept."""
+        return 2 * self.k * min(self.n, _ROWS_AT_ONCE)
 
     def keep_copy(self, dtype: torch.dtype) -> None:
         """Make the copy and keep it."""
@@ -97,7 +97,7 @@ def linear(
     copy = _kept_copy(x, w)
     if copy is not None:
         return dense.product(x, copy, bias=bias, residual=residual, out_dtype=out_dtype)
-    if w.copy is None and w.n > _ROWS_AT_ONCE:
+    if w.n > _ROWS_AT_ONCE and (w.copy is None or invariant.applies(len(x))):
         return _matmul_in_pieces(x, w.weight, bias, residual, out_dtype)
     return dense.matmul(x, _copy(w, x.dtype), bias, residual, out_dtype)
 

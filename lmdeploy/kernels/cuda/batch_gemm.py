@@ -15,7 +15,7 @@ from lmdeploy.kernels.cuda.driver import Kernel
 from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
 from lmdeploy.kernels.cuda.skinny_gemm import num_sms, tiling_table
 from lmdeploy.kernels.cuda.tensor_gemm import has_instructions
-from lmdeploy.kernels.cuda.tensor_map import TensorMap
+from lmdeploy.kernels.cuda.tensor_map import rows_map
 
 FIRST_TOKENS, MAX_TOKENS = 65, 256
 TOKEN_TILES = (128, 192, 256)  # that tokens are padded to
@@ -153,8 +153,8 @@ def batch_gemm(
     """
     m, (n, k), t = x.shape[0], weight.shape, tiling
     epilogue, out, residual = prepare(x, n, bias, residual, activation, out_dtype, out)
-    weights = _map(weight.data_ptr(), x.dtype, k, n, k * 2, t.box_rows(epilogue.is_gated))
-    tokens = _map(x.data_ptr(), x.dtype, k, m, x.stride(0) * 2, _TOKENS * t.token_tiles // t.along_rows)
+    weights = rows_map(weight.data_ptr(), x.dtype, k, n, k * 2, t.box_rows(epilogue.is_gated))
+    tokens = rows_map(x.data_ptr(), x.dtype, k, m, x.stride(0) * 2, _TOKENS * t.token_tiles // t.along_rows)
     _kernel(Variant(epilogue, t))(t.blocks(n), (weights, tokens, out, residual, bias, m, n, k, out.stride(0)))
     return out
 
@@ -206,12 +206,6 @@ def tilings(n: int, k: int, tokens: int, is_gated: bool) -> Iterator[Tiling]:
                 tiling = replace(shallow, stages=min(deep, -(-k // _COLUMNS) // splits))
                 if tiling.fits(k, is_gated):
                     yield tiling
-
-
-@functools.lru_cache(maxsize=8192)
-def _map(address: int, dtype: torch.dtype, columns: int, rows: int, row_bytes: int, box_rows: int) -> TensorMap:
-    """A map depends on these numbers alone: it stays right for whatever lies at the address."""
-    return TensorMap(address, dtype, (columns, rows), (row_bytes,), (_COLUMNS, box_rows))
 
 
 @functools.cache

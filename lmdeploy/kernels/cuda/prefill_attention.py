@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,13 +14,13 @@ from lmdeploy.kernels.cuda.driver import Kernel
 from lmdeploy.kernels.cuda.skinny_gemm import is_available
 from lmdeploy.kernels.cuda.tensor_map import TensorMap
 from lmdeploy.kernels.spec import AttentionSpec
+from lmdeploy.kernels.triton.arrivals import counters
 
 ARCH = "sm_90a"
 KEYS = 128  # of a tile
 _DIMS = (64, 128)
 _QUERIES = 64  # of a warpgroup
 _WIDTH = 64  # elements of a row of a tensor copy: 128 bytes, one period of the swizzle
-_LAUNCHES = 256  # that may run at one time
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def prefill_attention(
             _query_map(q.data_ptr(), q.dtype, q.shape, q.stride(0)),
             _cache_map(keys.data_ptr(), keys.dtype, keys.shape, keys.stride(), variant.box),
             _cache_map(values.data_ptr(), values.dtype, values.shape, values.stride(), variant.box),
-            out, cu_seqlens_q, context_lens, block_tables, _next_counters(q.device), batch,
+            out, cu_seqlens_q, context_lens, block_tables, counters(q.device), batch,
             block_tables.stride(0), keys.shape[0], spec.scale * math.log2(math.e),
         ),
     )  # fmt: skip
@@ -128,21 +127,6 @@ def _cache_map(address: int, dtype: torch.dtype, shape: torch.Size, strides: tup
     blocks, heads, size, dim = shape
     steps = [2 * strides[axis] for axis in (2, 1, 0)]
     return TensorMap(address, dtype, (dim, size, heads, blocks), steps, (_WIDTH, box, 1, 1))
-
-
-_turn = itertools.count()
-
-
-def _next_counters(device: torch.device) -> Tensor:
-    """Tiles drawn and blocks that have ended: every launch leaves zeros, and the next ones take others, on whatever stream."""
-    return _counters(device)[next(_turn) % _LAUNCHES]
-
-
-@functools.cache
-def _counters(device: torch.device) -> tuple[Tensor, ...]:
-    counters = torch.zeros(_LAUNCHES, 2, dtype=torch.int32, device=device).unbind()
-    torch.cuda.current_stream(device).synchronize()  # another stream may be the next to launch
-    return counters
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from lmdeploy.kernels.cuda import nvrtc, skinny_gemm
 from lmdeploy.kernels.cuda.driver import Kernel
 from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
 from lmdeploy.kernels.cuda.skinny_gemm import arch, num_sms
-from lmdeploy.kernels.cuda.tensor_map import TensorMap
+from lmdeploy.kernels.cuda.tensor_map import rows_map
 
 MAX_TOKENS = 128
 _TOKEN_ROWS = (16, 32, 64, 128)  # of x that are copied
@@ -117,8 +117,8 @@ def tensor_gemm(
     token_rows = next(rows for rows in _TOKEN_ROWS if rows >= m)
     t = tiling or choose_tiling(n, k, token_rows, epilogue.is_gated)
     box = t.rows // t.groups // 2 if epilogue.is_gated else t.rows
-    weights = _map(weight.data_ptr(), x.dtype, k, n, k * 2, box)
-    tokens = _map(x.data_ptr(), x.dtype, k, m, x.stride(0) * 2, token_rows)
+    weights = rows_map(weight.data_ptr(), x.dtype, k, n, k * 2, box)
+    tokens = rows_map(x.data_ptr(), x.dtype, k, m, x.stride(0) * 2, token_rows)
     _kernel(Variant(token_rows, epilogue, t))(
         -(-n // t.rows) * t.cluster, (weights, tokens, out, residual, bias, m, n, k, out.stride(0))
     )
@@ -158,12 +158,6 @@ def bytes_beside_ring(token_rows: int, rows: int, cluster: int, groups: int, is_
     chunks = -(-(rows // groups // 8 // halves) // cluster) * halves  # of 8 columns, that a block finishes
     threads = 128 * -(-token_rows // _TOKENS) * groups
     return 1024 + slack + (cluster * chunks * threads * 16 if cluster > 1 else 0)
-
-
-@functools.lru_cache(maxsize=8192)
-def _map(address: int, dtype: torch.dtype, columns: int, rows: int, row_bytes: int, box_rows: int) -> TensorMap:
-    """A map depends on these numbers alone: it stays right for whatever lies at the address."""
-    return TensorMap(address, dtype, (columns, rows), (row_bytes,), (_COLUMNS, box_rows))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ _TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B = 3  # CUtensorMapSwizzle
 _L2_256B = 3  # CUtensorMapL2promotion
 _BYTES, _ALIGNMENT = 128, 64
+_ROW_BYTES = 128  # of a box: one period of the swizzle
 
 
 class TensorMap:
@@ -49,3 +51,9 @@ class TensorMap:
             ctypes.c_int(0),
         )
         check(status, f"a tensor map of {tuple(sizes)} in boxes of {tuple(box)}")
+
+
+@functools.lru_cache(maxsize=16384)
+def rows_map(address: int, dtype: torch.dtype, columns: int, rows: int, row_bytes: int, box_rows: int) -> TensorMap:
+    """Of a matrix. It depends on these numbers alone: it stays right for whatever comes to lie there."""
+    return TensorMap(address, dtype, (columns, rows), (row_bytes,), (_ROW_BYTES // dtype.itemsize, box_rows))

@@ -69,4 +69,4 @@ def test_no_piece_exceeds_the_rows_that_the_plan_counts(
     residual = torch.randn(TOKENS, N, dtype=torch.bfloat16)
     assert affine.linear(x, packed, residual=residual).data_ptr() == residual.data_ptr()
     assert pieces == [(0, 16), (16, 32), (32, 40)]
-    assert packed.rows_at_once == 16
+    assert packed.piece_bytes == max(stop - start for start, stop in pieces) * K * x.itemsize
