@@ -55,9 +55,9 @@ class EngineLoop:
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(engine, ready), name="lmdeploy-engine", daemon=True)
         try:
-            self._thread.start()
             # A thread that came back from a kernel after the interpreter's end would abort it.
             atexit.register(self.close)
+            self._thread.start()
             ready.result()
         except BaseException:
             self._commands.put(None)  # interrupted, the thread is still there

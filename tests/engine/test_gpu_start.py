@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import signal
 import threading
@@ -169,3 +170,19 @@ def test_an_engine_takes_the_stream_of_one_that_is_closed(monkeypatch: pytest.Mo
     assert warm_up.take_stream(other) not in streams
     assert warm_up.take_stream(first) is streams[1]
     assert warm_up.take_stream(first) not in streams
+
+
+def test_a_failed_start_leaves_nothing_for_the_end(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(engine: Engine) -> None:
+        raise RuntimeError("no graph")
+
+    left: set[object] = set()
+    monkeypatch.setattr(atexit, "register", left.add)
+    monkeypatch.setattr(atexit, "unregister", left.discard)
+    monkeypatch.setattr(Engine, "start_runner", fail)
+    with pytest.raises(RuntimeError, match="no graph"):
+        ThreadClient(tiny_llama, EngineConfig(device="cpu", dtype="float32", cache_max_entry_count=8))
+    for thread in threading.enumerate():
+        if thread.name == "lmdeploy-engine":
+            thread.join(timeout=10)
+    assert left == set()
