@@ -37,13 +37,10 @@
 #define OUTS (CHUNKS / HALVES)               // chunks of 8 columns of y
 #define PART ((OUTS + CL - 1) / CL)          // of those, what a block finishes at most
 #define FETCHED (CL > 1 ? PART : 4)          // and of how many it fetches the residual at once
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
 
-__device__ __forceinline__ u32 ldg32(const u16* p) { u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
 __device__ __forceinline__ void arrive(u32 bar, u32 rank) {      // at a block of the cluster; it orders no other memory
 #if SHARE == 1
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+  arrive(bar);
 #else
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" :: "r"(bar), "r"(rank) : "memory");
@@ -52,8 +49,7 @@ __device__ __forceinline__ void arrive(u32 bar, u32 rank) {      // at a block o
 // A box to the same place in every block of the mask, whose barriers at that place count its bytes
 __device__ __forceinline__ void copy_box(u32 dst, const TensorMap* map, int column, int row, u32 bar, u16 mask, u64 policy) {
 #if SHARE == 1
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
-      :: "r"(dst), "l"(map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory");
+  copy_box(dst, map, column, row, bar, policy);
 #else
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
       " [%0], [%1, {%2, %3}], [%4], %5, %6;"
@@ -61,26 +57,11 @@ __device__ __forceinline__ void copy_box(u32 dst, const TensorMap* map, int colu
 #endif
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
-__device__ __forceinline__ u64 evict_last() { u64 p; asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p)); return p; }
-__device__ __forceinline__ float4 lds_float4(u32 a) {
-  float4 v; asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a)); return v; }
-__device__ __forceinline__ void stcluster(u32 a, u32 rank, float x, float y, float z, float w) {
-  u32 r;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" :: "r"(r), "f"(x), "f"(y), "f"(z), "f"(w) : "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_publish() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }     // what was sent
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 template <int COUNT> __device__ __forceinline__ void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
 template <int COUNT> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
-
-// A tile in shared memory: rows of 128 bytes whose 16-byte pieces are swizzled by the row's number modulo 8
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62; }
-__device__ __forceinline__ void wgmma(float (&d)[NW / 2], u64 a, u64 b) {
-  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n" TEXT(NW) "k16.f32." TY "." TY " {" REGISTERS "}, " DESCRIPTORS ", p, 1, 1, 0, 0;\n}"
-      : ACCUMULATORS : "l"(a), "l"(b)); }
 template <int PENDING> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory"); }
 __device__ __forceinline__ void settle(float (&d)[NW / 2]) { asm volatile("" : ACCUMULATORS :: "memory"); }   // no use of d moves ahead
 
@@ -148,25 +129,7 @@ batch_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ Tenso
       }
   };
   auto finish = [&](int row0, int chunk, const float (&v)[4], const float (&up)[4], const u32 (&added)[2]) {
-    const int n = row0 + chunk * 8 + 2 * (lane & 3);
-    if (n >= outs) return;
-    const u32 offset = BIAS ? *(const u32*)(bias + n) : 0, up_offset = BIAS && EPI == 2 ? *(const u32*)(bias + outs + n) : 0;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int token = token0 + 8 * h;
-      if (token >= M) continue;
-      float one = v[2 * h], two = v[2 * h + 1];
-      if (BIAS) { one += lo(offset); two += hi(offset); }
-      if (EPI == 1) { one += lo(added[h]); two += hi(added[h]); }
-      if (EPI == 2) {
-        one = activation(one) * (up[2 * h] + (BIAS ? lo(up_offset) : 0.f));
-        two = activation(two) * (up[2 * h + 1] + (BIAS ? hi(up_offset) : 0.f));
-      }
-      const long long place = (long long)token * ldy + n;
-      if (OUT32) *(float2*)((float*)y + place) = make_float2(one, two);
-      else *(u32*)((u16*)y + place) = pack16(one, two);
-    }
-  };
+    store_chunk(y, bias, token0, M, row0 + chunk * 8 + 2 * (lane & 3), outs, ldy, v, up, added); };
 
   if (tid >= CONSUMERS) {
     keep_registers<COPIER_REGISTERS>();

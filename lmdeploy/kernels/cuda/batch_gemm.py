@@ -14,7 +14,7 @@ from lmdeploy.kernels.cuda import nvrtc, skinny_gemm
 from lmdeploy.kernels.cuda.driver import Kernel
 from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
 from lmdeploy.kernels.cuda.skinny_gemm import num_sms, tiling_table
-from lmdeploy.kernels.cuda.tensor_gemm import has_instructions
+from lmdeploy.kernels.cuda.tensor_gemm import has_instructions, operands
 from lmdeploy.kernels.cuda.tensor_map import rows_map
 
 FIRST_TOKENS, MAX_TOKENS = 65, 256
@@ -115,13 +115,9 @@ class Variant:
     def macros(self) -> dict[str, object]:
         """What batch_gemm.cu is compiled with."""
         t = self.tiling
-        sums = range(t.rows // 2)
         return {
             "NW": t.rows, "MT": t.token_tiles, "STAGES": t.stages, "CL": t.splits, "TC": t.along_tokens,
-            "MC": t.along_rows, **self.epilogue.macros(),
-            "REGISTERS": '"' + ",".join(f"%{i}" for i in sums) + '"',
-            "ACCUMULATORS": ",".join(f'"+f"(d[{i}])' for i in sums),
-            "DESCRIPTORS": f'"%{len(sums)}, %{len(sums) + 1}"',
+            "MC": t.along_rows, **self.epilogue.macros(), **operands(t.rows),
         }  # fmt: skip
 
 

@@ -80,10 +80,6 @@ __device__ __forceinline__ void unpack(uint2 v, float (&x)[4]) {
 __device__ __forceinline__ void round_to_model(float (&x)[4]) {
   unpack(make_uint2(pack16(x[0], x[1]), pack16(x[2], x[3])), x); }
 __device__ __forceinline__ float cut_to_half(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-  for (int i = 16; i; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-  return x; }
 __device__ __forceinline__ float max_of_warp(float x) {
 #pragma unroll
   for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
@@ -153,7 +149,7 @@ __device__ __forceinline__ float4 load_part(const float* p) {
   float4 v; asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p)); return v; }
 __device__ __forceinline__ float2 load_stat(const float2* p) {
   float2 v; asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p)); return v; }
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if INTS_FP16
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
@@ -413,7 +409,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
         u32 a[4];
         ldmatrix(at + (lane % 16) * KPITCH + step * 32 + (lane / 16) * 16, a);
 #pragma unroll
-        for (int n = 0; n < NT; n++) mma(step % 2 ? odd[n] : s[n], a, qf[n][step][0], qf[n][step][1]);
+        for (int n = 0; n < NT; n++) multiply(step % 2 ? odd[n] : s[n], a, qf[n][step][0], qf[n][step][1]);
       }
 #elif KF == 1
 #pragma unroll
@@ -426,7 +422,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
           const u32 a[4] = {prmt(x[w], 0x64646464u, 0x4140), prmt(y[w], 0x64646464u, 0x4140),
                             prmt(x[w], 0x64646464u, 0x4342), prmt(y[w], 0x64646464u, 0x4342)};
 #pragma unroll
-          for (int n = 0; n < NT; n++) mma(w % 2 ? odd[n] : s[n], a, qf[n][4 * h + w][0], qf[n][4 * h + w][1]);
+          for (int n = 0; n < NT; n++) multiply(w % 2 ? odd[n] : s[n], a, qf[n][4 * h + w][0], qf[n][4 * h + w][1]);
         }
       }
 #else
@@ -443,8 +439,8 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
         const u32 b[4] = {and_magic<0x00f000f0>(x[w]), and_magic<0x00f000f0>(y[w]), and_magic<0x00f000f0>(x8), and_magic<0x00f000f0>(y8)};
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-          mma(s[n], a, qf[n][2 * w][0], qf[n][2 * w][1]);
-          mma(odd[n], b, qf[n][2 * w + 1][0], qf[n][2 * w + 1][1]);
+          multiply(s[n], a, qf[n][2 * w][0], qf[n][2 * w][1]);
+          multiply(odd[n], b, qf[n][2 * w + 1][0], qf[n][2 * w + 1][1]);
         }
       }
 #endif
@@ -515,7 +511,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
         u32 a[4];
         ldmatrix_trans(vat + ((lane / 16) * 8 + lane % 8) * VPITCH + step * 32 + (lane / 8 % 2) * 16, a);
 #pragma unroll
-        for (int n = 0; n < NT; n++) mma(acc[step][n], a, p[n][0], p[n][1]);
+        for (int n = 0; n < NT; n++) multiply(acc[step][n], a, p[n][0], p[n][1]);
       }
 #else
 #pragma unroll
@@ -528,7 +524,7 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
           const u32 a[4] = {minus_1024(prmt(x[i], 0x64646464u, 0x4240)), minus_1024(prmt(x[i], 0x64646464u, 0x4341)),
                             minus_1024(prmt(x[2 + i], 0x64646464u, 0x4240)), minus_1024(prmt(x[2 + i], 0x64646464u, 0x4341))};
 #pragma unroll
-          for (int n = 0; n < NT; n++) mma(acc[2 * b + i][n], a, p[n][0], p[n][1]);
+          for (int n = 0; n < NT; n++) multiply(acc[2 * b + i][n], a, p[n][0], p[n][1]);
 #else
           const u32 y0 = x[i] >> 8, y2 = x[2 + i] >> 8;
           const u32 a[4] = {minus_1024(and_magic<0x000f000f>(x[i])), minus_1024(and_magic<0x000f000f>(y0)),
@@ -537,8 +533,8 @@ decode_attention(const u16* qkv, const float* cosines, const float* sines, const
                             sixteenth_minus_64(and_magic<0x00f000f0>(x[2 + i])), sixteenth_minus_64(and_magic<0x00f000f0>(y2))};
 #pragma unroll
           for (int n = 0; n < NT; n++) {
-            mma(acc[2 * b + i][n], a, p[n][0], p[n][1]);
-            mma(acc[STEPS / 2 + 2 * b + i][n], c, p[n][0], p[n][1]);
+            multiply(acc[2 * b + i][n], a, p[n][0], p[n][1]);
+            multiply(acc[STEPS / 2 + 2 * b + i][n], c, p[n][0], p[n][1]);
           }
 #endif
         }

@@ -59,25 +59,8 @@
 
 __device__ __forceinline__ void sts128(u32 a, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" :: "r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory"); }
-// What the kernel before has written is read past L1: this kernel may have begun before that one had ended.
-__device__ __forceinline__ u16 ldg16(const u16* p) { u16 v; asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
-#if FP16
-__device__ __forceinline__ u32 clamp2(u32 v) {      // to the largest numbers; NaN stays
-  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0x7bff7bffu));
-  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0xfbfffbffu));
-  return v; }
-#else
-__device__ __forceinline__ u32 clamp2(u32 v) { return v; }
-#endif
-// What is not divided by rms(x) yet may be too large for fp16.
-__device__ __forceinline__ u32 times_gamma(u32 x, u32 gamma) {
-  const float a = lo(x) * (lo(gamma) + NORM_OFFSET), b = hi(x) * (hi(gamma) + NORM_OFFSET);
-  return clamp2((u32)to16(a) | (u32)to16(b) << 16); }
 __device__ __forceinline__ float squares_of(u32 v) { return lo(v) * lo(v) + hi(v) * hi(v); }
 
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TY "." TY ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); }
 // What an entry of scale and zero makes of a sum of (BASE + q) x, given the sum of x; h: rows 8-15.
 __device__ __forceinline__ float scaled(u32 entry, float sum, float of_x, int h) {
   const float scale = half2f(entry);
@@ -89,11 +72,6 @@ __device__ __forceinline__ float scaled(u32 entry, float sum, float of_x, int h)
   return scale * (sum - BASE(h) * of_x) + half2f(entry >> 16) * of_x;
 #endif
 }
-
-__device__ __forceinline__ float sum_over_lanes(float v) {
-#pragma unroll
-  for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
-  return v; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MINB)
 packed_stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual, const u16* __restrict__ gamma,
@@ -317,7 +295,7 @@ packed_stream_gemm(const char* __restrict__ w, const u16* x, void* y, const u16*
 #if NORM
 #pragma unroll
   for (int m = 0; m < TOK; m++) {
-    const float q = sum_over_lanes(squared[m]);
+    const float q = sum_of_warp(squared[m]);
     if (lane == 0) squares[warp][m] = q;
   }
 #endif

@@ -52,19 +52,6 @@
 #define ONES 0x3f803f80u
 #endif
 
-__device__ __forceinline__ u32 times_gamma(u32 x, u32 gamma) {      // compiles to other instructions with pack16
-  const float a = lo(x) * (lo(gamma) + NORM_OFFSET), b = hi(x) * (hi(gamma) + NORM_OFFSET);
-  u32 v = (u32)to16(a) | (u32)to16(b) << 16;
-#if FP16      // what is not divided by rms(x) yet may be too large for fp16: its largest number then, NaN stays
-  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0x7bff7bffu));
-  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(v) : "r"(0xfbfffbffu));
-#endif
-  return v; }
-
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TY "." TY ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); }
-
 // integers() - BASE - z: z0, z1 hold -(BASE + z) of rows 0-7 and 8-15 twice
 __device__ __forceinline__ void subtract(u32 (&a)[4], u32 z0, u32 z1) {
 #if FP16

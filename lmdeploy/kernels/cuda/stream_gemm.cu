@@ -33,8 +33,6 @@
 #define OUTS (EPI == 2 ? ROWS / 2 : ROWS)   // rows of y in a stage
 #define ADDENDS (EPI == 1 || BIAS)          // their sum for each of the block's outputs lies behind the ring, in float32
 
-__device__ __forceinline__ u16 ldg16(const u16* p) { u16 v; asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
-
 // Sums of a[i] over the warp; lanes L with L >> (5 - log2 N) == i get that of a[i].
 template <int N, int O = 16> __device__ __forceinline__ float sum_over_lanes(float (&a)[N], int lane) {
   if constexpr (N > 1) {

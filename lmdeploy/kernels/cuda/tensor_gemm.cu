@@ -30,30 +30,9 @@
 #define OUT_ROWS (WGN * OUTS * 8)
 #define SLACK (XROWS < 64 ? 8192 : 0)        // behind the ring, since a token tile is read as a whole
 #define PART ((OUTS + CL - 1) / CL)          // of those, what a block of the cluster finishes at most
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
 
-__device__ __forceinline__ u32 ldg32(const u16* p) { u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
-
-__device__ __forceinline__ void copy_box(u32 dst, const TensorMap* map, int column, int row, u32 bar, u64 policy) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
-      :: "r"(dst), "l"(map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory"); }
-__device__ __forceinline__ float4 lds_float4(u32 a) {
-  float4 v; asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a)); return v; }
-__device__ __forceinline__ void stcluster(u32 a, u32 rank, float x, float y, float z, float w) {
-  u32 r;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" :: "r"(r), "f"(x), "f"(y), "f"(z), "f"(w) : "memory"); }
 // The block of a cluster that finishes a chunk
 __device__ __forceinline__ constexpr int owner_of(int chunk) { return ((chunk + 1) * CL - 1) / OUTS; }
-
-// A tile in shared memory: rows of 128 bytes whose 16-byte pieces are swizzled by the row's number modulo 8
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62; }
-__device__ __forceinline__ void wgmma(float (&d)[NW / 2], u64 a, u64 b) {
-  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n" TEXT(NW) "k16.f32." TY "." TY " {" REGISTERS "}, " DESCRIPTORS ", p, 1, 1, 0, 0;\n}"
-      : ACCUMULATORS : "l"(a), "l"(b)); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 tensor_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ TensorMap xmap, void* y, const u16* residual,
@@ -65,9 +44,7 @@ tensor_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ Tens
   const int rank = CL > 1 ? blockIdx.x % CL : 0, row0 = blockIdx.x / CL * OUT_ROWS, outs = EPI == 2 ? N / 2 : N;
   const int total = (K + 64 * KS - 1) / (64 * KS), s0 = rank * total / CL, steps = (rank + 1) * total / CL - s0;
 
-  const u64 stream = evict_first();      // W is read once, x by every block
-  u64 keep;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+  const u64 stream = evict_first(), keep = evict_last();      // W is read once, x by every block
   auto copy_w = [&](int step, int slot) {
     const u32 bar = full + 8 * slot;
     expect(bar, STAGE_BYTES);
@@ -157,25 +134,7 @@ tensor_gemm(const __grid_constant__ TensorMap wmap, const __grid_constant__ Tens
 
   // A thread holds d[4 c + 2 h + e]: token token0 + 8 h, column 8 c + column0 + e of its warpgroup's.
   auto finish = [&](int chunk, const float (&v)[4], const float (&up)[4], const u32 (&added)[2]) {
-    const int n = column0 + chunk * 8;
-    if (n >= outs) return;
-    const u32 offset = BIAS ? *(const u32*)(bias + n) : 0, up_offset = BIAS && EPI == 2 ? *(const u32*)(bias + outs + n) : 0;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int token = token0 + 8 * h;
-      if (token >= M) continue;
-      float first = v[2 * h], second = v[2 * h + 1];
-      if (BIAS) { first += lo(offset); second += hi(offset); }
-      if (EPI == 1) { first += lo(added[h]); second += hi(added[h]); }
-      if (EPI == 2) {
-        first = activation(first) * (up[2 * h] + (BIAS ? lo(up_offset) : 0.f));
-        second = activation(second) * (up[2 * h + 1] + (BIAS ? hi(up_offset) : 0.f));
-      }
-      const long long place = (long long)token * ldy + n;
-      if (OUT32) *(float2*)((float*)y + place) = make_float2(first, second);
-      else *(u32*)((u16*)y + place) = pack16(first, second);
-    }
-  };
+    store_chunk(y, bias, token0, M, column0 + chunk * 8, outs, ldy, v, up, added); };
 #if CL == 1
   if (tid < CONSUMERS) {
 #pragma unroll

@@ -63,14 +63,21 @@ class Variant:
     def macros(self) -> dict[str, object]:
         t = self.tiling
         columns = t.rows // t.groups
-        sums = range(columns // 2)
         return {
             "NW": columns, "MT": -(-self.token_rows // _TOKENS), "XROWS": self.token_rows, "KS": t.pieces,
             "STAGES": t.stages, "CL": t.cluster, "WGN": t.groups, **self.epilogue.macros(),
-            "REGISTERS": '"' + ",".join(f"%{i}" for i in sums) + '"',
-            "ACCUMULATORS": ",".join(f'"+f"(d[{i}])' for i in sums),
-            "DESCRIPTORS": f'"%{len(sums)}, %{len(sums) + 1}"',
+            **operands(columns),
         }  # fmt: skip
+
+
+def operands(rows: int) -> dict[str, object]:
+    """Macros for the operands of a wgmma of so many rows of a weight, which PTX wants written out."""
+    sums = range(rows // 2)
+    return {
+        "REGISTERS": '"' + ",".join(f"%{i}" for i in sums) + '"',
+        "ACCUMULATORS": ",".join(f'"+f"(d[{i}])' for i in sums),
+        "DESCRIPTORS": f'"%{len(sums)}, %{len(sums) + 1}"',
+    }
 
 
 def supports(x: Tensor, weight: Tensor, is_gated: bool = False) -> bool:
