@@ -112,6 +112,7 @@ class Registry:
     async def probe(self, node: Node) -> None:
         """GET /health of one node, and what follows from it."""
         node.probe_at = self._clock() + self._settings.heartbeat_interval_s
+        was_open = node.breaker.state == "open"
         try:
             await check_host(node.url)
             health = await self._health(node.url)
@@ -119,7 +120,8 @@ class Registry:
             get_logger().warning("%s", error)
             health = "unreachable"
         if health == "healthy":
-            self._seen(node)
+            if was_open or node.breaker.state != "open":  # else it has failed since it was asked
+                self._seen(node)
             return
         self.failed(node, is_fatal=health == "unreachable")
         silence_s = self._clock() - node.seen_at
