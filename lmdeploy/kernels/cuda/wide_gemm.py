@@ -18,7 +18,7 @@ FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm; fewer 
 _ARCH = "sm_90a"
 _TILES_PER_GROUP = 4  # of 16 rows that a warpgroup multiplies at once
 _MAX_SHARED_BYTES = 226 << 10  # of the 227 KiB, the barriers are static
-_FEW_TOKENS, _STAGES_OF_FEW = 16, 3
+_FEW_TOKENS, _STAGES_OF_FEW, _GROUPS_OF_FEW = 16, 3, 5
 _RING_BYTES, _STAGES = 112_000, 4  # more were slower: the activations queue behind the weights
 # Registers that a thread has for accumulators and all else, by the warpgroups that multiply.
 _REGISTERS = {1: 240, 2: 200, 3: 136, 4: 96}
@@ -111,15 +111,22 @@ def choose_variant(w: Weight, tokens: int, epilogue: Epilogue, tiling: Tiling | 
     """The compiled form for tiles of so many tokens."""
     if tiling is None:
         tiling = choose_tiling(w.n, w.k, w.unit_bytes, epilogue.is_gated)
-        tiling = with_ring_for(tokens, tiling, tiles_per_block(w.n, tiling, epilogue.is_gated), w.unit_bytes)
+        tiling = spread_for(tokens, tiling, tiles_per_block(w.n, tiling, epilogue.is_gated), w.unit_bytes)
     return Variant(w.group_size, w.has_zeros, tokens, epilogue, tiling)
 
 
-def with_ring_for(tokens: int, tiling: Tiling, held: int, unit_bytes: int) -> Tiling:
-    """The same, for few tokens with a deeper ring if a block has room for it: no order of summation depends on that."""
-    deeper = replace(tiling, stages=max(tiling.stages, _STAGES_OF_FEW))
-    has_room = shared_bytes(tokens, deeper, held, unit_bytes) <= _MAX_SHARED_BYTES
-    return deeper if tokens <= _FEW_TOKENS and has_room else tiling
+def spread_for(tokens: int, tiling: Tiling, held: int, unit_bytes: int) -> Tiling:
+    """The same, for few tokens with more warps, since expanding the weights is then all they do, and a deeper ring.
+
+    held: tiles of 16 rows of a block. No order of summation depends on these two.
+    """
+    if tokens > _FEW_TOKENS:
+        return tiling
+    slots = -(-held // _TILES_PER_GROUP)
+    row_tiles = -(-slots // max(tiling.groups_n, _GROUPS_OF_FEW // tiling.groups_k))
+    spread = replace(tiling, row_tiles=row_tiles, groups_n=-(-slots // row_tiles))
+    deeper = replace(spread, stages=max(tiling.stages, _STAGES_OF_FEW))
+    return deeper if shared_bytes(tokens, deeper, held, unit_bytes) <= _MAX_SHARED_BYTES else spread
 
 
 def tokens_of(m: int) -> int:

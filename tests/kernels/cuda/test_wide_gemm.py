@@ -66,17 +66,27 @@ def test_the_tables_tilings_fit() -> None:
         check_tiling(Tiling(*values), n, k, UNIT_BYTES, bool(gated))
 
 
-def test_few_tokens_have_a_deeper_ring_where_there_is_room() -> None:
+def test_few_tokens_have_more_warps_and_a_deeper_ring_where_there_is_room() -> None:
     tiling = Tiling(4, 2, 1, 2, 2, 64)
-    assert [wide_gemm.with_ring_for(tokens, tiling, 28, UNIT_BYTES).stages for tokens in (8, 16, 32, 64)] == [
-        3,
-        3,
-        2,
-        2,
+    few = Tiling(2, 4, 1, 3, 2, 64)
+    assert [wide_gemm.spread_for(tokens, tiling, 28, UNIT_BYTES) for tokens in (8, 16, 32, 64)] == [
+        few,
+        few,
+        tiling,
+        tiling,
     ]
-    assert wide_gemm.with_ring_for(8, tiling, 80, UNIT_BYTES) == tiling
-    deep = Tiling(1, 3, 1, 4, 4, 29)
-    assert wide_gemm.with_ring_for(8, deep, 9, UNIT_BYTES) == deep
+    assert wide_gemm.spread_for(8, tiling, 80, UNIT_BYTES).stages == 2
+    for values in skinny_gemm.tiling_table("wide_tilings_sm90_132").values():
+        usual = Tiling(*values)
+        for held in range(1, usual.capacity + 1):
+            found = wide_gemm.spread_for(8, usual, held, UNIT_BYTES)
+            assert (found.cluster, found.groups_k, found.row_blocks) == (
+                usual.cluster,
+                usual.groups_k,
+                usual.row_blocks,
+            )
+            assert held <= found.capacity
+            assert found.threads <= 768
 
 
 def test_weights_and_tokens_elsewhere_are_declined() -> None:
