@@ -80,7 +80,8 @@ def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
     torch.cuda.synchronize()
     rounds = -(-CALLS // len(calls))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    stream = torch.cuda.current_stream()
+    with torch.cuda.graph(graph, stream=None if stream == torch.cuda.default_stream() else stream):
         for _ in range(rounds):
             for call in calls:
                 call()

@@ -172,15 +172,10 @@ class Engine:
             raise RequestError("the engine sleeps: wake it first")
         if request.request_id in self._states:
             raise InvalidParameter(f"request id {request.request_id!r} is in use: give each request its own")
-        seed = request.sampling.seed
+        seed = random.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         rotary = self.runner.model.rotary
         rope_key = rotary.rope_length_key(len(request.prompt_ids)) if rotary is not None else 0
-        state = RequestState(
-            request,
-            seed=random.getrandbits(63) if seed is None else seed,
-            root=root_hash(request.cache_salt, rope_key),
-            matcher=matcher,
-        )
+        state = RequestState(request, seed=seed, root=root_hash(request.cache_salt, rope_key), matcher=matcher)
         self._states[request.request_id] = state
         self.scheduler.add(state)
 

@@ -14,6 +14,7 @@ from lmdeploy.engine.graphs import DecodeGraphs, capture_lock
 from lmdeploy.engine.memory import MemoryPlan
 from lmdeploy.engine.runner import Runner
 from lmdeploy.kernels import decode_buffer_bytes, has_gpu_kernels
+from lmdeploy.kernels.cuda import layer_tail
 from lmdeploy.kernels.cuda.driver import reserve_less_stack
 from lmdeploy.kernels.cuda.nvrtc import KernelError
 from lmdeploy.layers.linear import Linear
@@ -81,6 +82,7 @@ def take_stream(device: torch.device) -> torch.cuda.Stream:
 
 def give_back(stream: torch.cuda.Stream) -> None:
     """Free what an engine leaves, and let the next one have its stream. To be called when its graphs are gone."""
+    layer_tail.give_up(stream)
     torch.cuda.set_stream(torch.cuda.default_stream(stream.device))
     free_cached()
     _free_streams[stream.device].append(stream)

@@ -39,8 +39,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm | None, ctx: ForwardContext, residual: Tensor | None) -> Tensor:
         """x, residual, result: [T, C]."""
-        qkv = norm_linear(x, norm, self.qkv_proj)
-        return self.o_proj(self.rope_store_attend(qkv, ctx), residual=residual)
+        return self.o_proj(self.attend(x, norm, ctx), residual=residual)
+
+    def attend(self, x: Tensor, norm: Norm | None, ctx: ForwardContext) -> Tensor:
+        """What o_proj multiplies, [T, H * D]. x: [T, C]."""
+        qkv, ctx.qkv = norm_linear(x, norm, self.qkv_proj) if ctx.qkv is None else ctx.qkv, None
+        return self.rope_store_attend(qkv, ctx)
 
     def rope_store_attend(self, qkv: Tensor, ctx: ForwardContext) -> Tensor:
         """[T, (H + 2 Hkv) * D] -> [T, H * D]; writes this step's K and V into the cache."""

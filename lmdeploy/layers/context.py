@@ -40,7 +40,7 @@ class ForwardContext:
     prompt_lens: [B] int32, the length that fixes dynamic rotary scaling. query_lens, context_lens_host: the same numbers
     as Python ints, so that no kernel must ask the device. Requests of one token come first. decode_buffers: what the GPU's
     decode attention keeps from step to step. wanted_rows: [R] int64, the tokens whose hidden states are wanted at the end;
-    None for all.
+    None for all. qkv: [T, (H + 2 Hkv) * D] of the next layer, if the one before has made it.
     """
 
     positions: Tensor
@@ -54,6 +54,7 @@ class ForwardContext:
     context_lens_host: list[int]
     decode_buffers: object | None = None
     wanted_rows: Tensor | None = None
+    qkv: Tensor | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict)
 
     @property

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from lmdeploy.layers.linear import Linear
 from lmdeploy.layers.norm import Norm
+
+if TYPE_CHECKING:
+    from lmdeploy.layers.mlp import GatedMLP
+    from lmdeploy.quantization.method import Behind, Tail
 
 
 def norm_linear(x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
@@ -18,3 +24,8 @@ def gated_mlp(
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(norm(x)): [T, C] -> [T, C]."""
     return gate_up.method.gated_mlp(x, norm, gate_up, down, activation, residual)
+
+
+def layer_tail(x: Tensor, residual: Tensor, o: Linear, norm: Norm, mlp: GatedMLP, behind: Behind | None) -> Tail:
+    """h + mlp(norm(h)) with h = o(x) + residual, [T, C]; and behind's linear of its norm, where one kernel makes it, too."""
+    return o.method.layer_tail(x, residual, o, norm, mlp, behind)

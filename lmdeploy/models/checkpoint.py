@@ -28,9 +28,7 @@ class Checkpoint:
         for file in files:
             for name, info in file.infos.items():
                 if name in self.infos:
-                    raise CheckpointError(
-                        f"tensor {name!r} is in {self._sources[name]} and in {file}; remove one of them"
-                    )
+                    raise CheckpointError(f"tensor {name!r} is in {self._sources[name]} and in {file}; remove one")
                 self.infos[name] = info
                 self._sources[name] = file
 

@@ -88,9 +88,7 @@ def make_plan(
             slot.kinds.add("dense" if piece.is_dense else info.kind)
             for part in _parts(piece, slot):
                 if part in slot.sources:
-                    raise CheckpointError(
-                        f"tensors {slot.sources[part]!r} and {name!r} both fill parameter {piece.name!r}"
-                    )
+                    raise CheckpointError(f"tensors {slot.sources[part]!r} and {name!r} both fill {piece.name!r}")
                 slot.sources[part] = name
         if pieces:
             plan[name] = pieces

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from itertools import pairwise
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lmdeploy.layers.attention import SelfAttention
 from lmdeploy.layers.context import ForwardContext
+from lmdeploy.layers.fused import layer_tail
+from lmdeploy.layers.mlp import GatedMLP
 from lmdeploy.models.base import FEED_FORWARD_INNER, FEED_FORWARD_INPUTS, CausalLM, ScaleTable
+from lmdeploy.models.config import ModelConfig
 from lmdeploy.models.weights import Rename, Skip, Stack, WeightMap
 
 
@@ -29,8 +34,14 @@ class LlamaDecoderLayer(nn.Module):
         self.self_attn = model.make_attention(index)
         self.post_attention_layernorm = model.make_norm()
         self.mlp = model.make_mlp(index)
+        self.behind: Any = None  # norm and qkv_proj of the next layer
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        attention, norm, mlp = self.self_attn, self.post_attention_layernorm, self.mlp
+        if len(x) == 1 and isinstance(attention, SelfAttention) and isinstance(mlp, GatedMLP):
+            attended = attention.attend(x, self.input_layernorm, ctx)
+            x, ctx.qkv = layer_tail(attended, x, attention.o_proj, norm, mlp, self.behind)
+            return ctx.still_read(x, self.is_last)
         x = ctx.still_read(self.self_attn(x, self.input_layernorm, ctx, residual=x), self.is_last)
         return self.mlp(x, self.post_attention_layernorm, residual=x)
 
@@ -46,6 +57,12 @@ class LlamaForCausalLM(CausalLM):
     )
 
     layer_class: ClassVar[type[nn.Module]] = LlamaDecoderLayer
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        for layer, behind in pairwise(self.layers):
+            if isinstance(layer, LlamaDecoderLayer) and isinstance(behind.self_attn, SelfAttention):
+                layer.behind = (behind.input_layernorm, behind.self_attn.qkv_proj)
 
     def make_layer(self, index: int) -> nn.Module:
         return self.layer_class(self, index)

@@ -80,9 +80,7 @@ def choose_dtype(dtype: str, config: ModelConfig, device: torch.device) -> torch
         return _DTYPES[dtype]
     chosen = torch.bfloat16 if has_native_bfloat16() else torch.float32
     if dtype == "float16":
-        get_logger().warning(
-            "dtype=float16 is not available on a CPU; computing in %s", str(chosen).removeprefix("torch.")
-        )
+        get_logger().warning("dtype=float16 is not for CPUs; computing in %s", str(chosen).removeprefix("torch."))
     return chosen
 
 

@@ -16,8 +16,9 @@ from lmdeploy.quantization.unquantized import UnquantizedMethod, fused_norm
 
 if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
+    from lmdeploy.layers.mlp import GatedMLP
     from lmdeploy.layers.norm import Norm
-    from lmdeploy.quantization.scaled import ScaledTensor
+    from lmdeploy.quantization.method import Behind, Part, Tail
 
 _KERNEL_GROUP_SIZES = (128, 64, 32, 16)
 
@@ -34,14 +35,7 @@ class AffineMethod(LinearMethod):
         self.columns: Tensor | None = None
         self._parts: dict[int, AffineTensor] = {}
 
-    def load(
-        self,
-        linear: Linear,
-        part: int,
-        value: Tensor | AffineTensor | ScaledTensor,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def load(self, linear: Linear, part: int, value: Part, device: torch.device, dtype: torch.dtype) -> None:
         """Keep the part's integers until the others are there."""
         if not isinstance(value, AffineTensor):
             raise TypeError(f"a part of {linear} is dense; UnquantizedMethod takes such linears")
@@ -80,6 +74,32 @@ class AffineMethod(LinearMethod):
             return super().gated_mlp(x, norm, gate_up, down, activation, residual)
         x, fused = fused_norm(x, norm)
         return self.kernels.gated_mlp(x, self.packed, other.packed, activation, residual=residual, **fused)
+
+    def layer_tail(
+        self, x: Tensor, residual: Tensor, o: Linear, norm: Norm, mlp: GatedMLP, behind: Behind | None
+    ) -> Tail:
+        made = self._tail_at_once(x, residual, o, norm, mlp, behind) if hasattr(self.kernels, "layer_tail") else None
+        return super().layer_tail(x, residual, o, norm, mlp, behind) if made is None else made
+
+    def _tail_at_once(
+        self, x: Tensor, residual: Tensor, o: Linear, norm: Norm, mlp: GatedMLP, behind: Behind | None
+    ) -> Tail | None:
+        """None where the kernel does not take all of it, or is not faster."""
+        linears, norms = [o, mlp.gate_up_proj, mlp.down_proj], [norm]
+        has_bias = any(linear.bias is not None for linear in linears)
+        if behind is not None:
+            norms, linears = [norm, behind[0]], [*linears, behind[1]]
+        methods = [linear.method for linear in linears]
+        packed = [
+            m.packed for m in methods if isinstance(m, AffineMethod) and m.kernels is self.kernels and m.columns is None
+        ]
+        fused = [fused_norm(x, each)[1] for each in norms]
+        kinds = {(each.get("norm_eps"), each.get("norm_offset")) for each in fused}
+        if has_bias or len(packed) < len(methods) or len(kinds) > 1 or not fused[0]:
+            return None
+        last = (None, None) if behind is None else (fused[1]["norm_weight"], behind[1].bias)
+        made: Tail | None = self.kernels.layer_tail(x, residual, packed, mlp.activation, fused[0], *last)
+        return made
 
     def routed_mlp(
         self,

@@ -14,7 +14,7 @@ from lmdeploy.quantization.scaled import ScaledTensor
 if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
     from lmdeploy.layers.norm import Norm
-    from lmdeploy.quantization.packing import AffineTensor
+    from lmdeploy.quantization.method import Part
 
 
 class ScaledMethod(LinearMethod):
@@ -26,14 +26,7 @@ class ScaledMethod(LinearMethod):
         self.dtype = torch.bfloat16
         self._parts: dict[int, ScaledTensor] = {}
 
-    def load(
-        self,
-        linear: Linear,
-        part: int,
-        value: Tensor | AffineTensor | ScaledTensor,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def load(self, linear: Linear, part: int, value: Part, device: torch.device, dtype: torch.dtype) -> None:
         """Keep the part's bytes until the others are there."""
         if not isinstance(value, ScaledTensor):
             raise TypeError(f"a part of {linear} is no scaled tensor; UnquantizedMethod takes such linears")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
+    from lmdeploy.layers.mlp import GatedMLP
     from lmdeploy.layers.norm import Norm
     from lmdeploy.quantization.packing import AffineTensor
     from lmdeploy.quantization.scaled import ScaledTensor
+
+    Part: TypeAlias = Tensor | AffineTensor | ScaledTensor  # of a linear, as a checkpoint has it
+    Behind = tuple[Norm, Linear]  # what the next layer begins with
+    Tail = tuple[Tensor, Tensor | None]
 
 
 class LinearMethod:
@@ -19,14 +24,7 @@ class LinearMethod:
 
     name = ""
 
-    def load(
-        self,
-        linear: Linear,
-        part: int,
-        value: Tensor | AffineTensor | ScaledTensor,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def load(self, linear: Linear, part: int, value: Part, device: torch.device, dtype: torch.dtype) -> None:
         """Take the rows of one part, [parts[part], K], in whatever form the checkpoint has them."""
         raise NotImplementedError
 
@@ -50,6 +48,13 @@ class LinearMethod:
         hidden = gated_activation(gate_up.method.apply(gate_up, x, norm=norm), activation)
         return down.method.apply(down, hidden, residual=residual)
 
+    def layer_tail(
+        self, x: Tensor, residual: Tensor, o: Linear, norm: Norm, mlp: GatedMLP, behind: Behind | None
+    ) -> Tail:
+        """As layers.fused.layer_tail; a method may make it at once."""
+        h = o(x, residual=residual)
+        return mlp(h, norm, residual=h), None
+
     def routed_mlp(
         self,
         x: Tensor,
@@ -64,17 +69,9 @@ class LinearMethod:
         from lmdeploy import kernels
 
         by_expert = (len(down.parts), -1)
-        return kernels.routed_mlp(
-            x,
-            weights,
-            experts,
-            gate_up.method.dense_weight(gate_up).unflatten(0, by_expert),
-            down.method.dense_weight(down).unflatten(0, by_expert),
-            activation,
-            None if gate_up.bias is None else gate_up.bias.unflatten(0, by_expert),
-            None if down.bias is None else down.bias.unflatten(0, by_expert),
-            clamp,
-        )
+        first, second = [linear.method.dense_weight(linear).unflatten(0, by_expert) for linear in (gate_up, down)]
+        first_bias, second_bias = (b if b is None else b.unflatten(0, by_expert) for b in (gate_up.bias, down.bias))
+        return kernels.routed_mlp(x, weights, experts, first, second, activation, first_bias, second_bias, clamp)
 
     def embed(self, linear: Linear, ids: Tensor) -> Tensor:
         """Rows `ids` [T] of the weight in the compute dtype, [T, K]."""

@@ -14,8 +14,7 @@ from lmdeploy.quantization.method import LinearMethod
 if TYPE_CHECKING:
     from lmdeploy.layers.linear import Linear
     from lmdeploy.layers.norm import Norm
-    from lmdeploy.quantization.packing import AffineTensor
-    from lmdeploy.quantization.scaled import ScaledTensor
+    from lmdeploy.quantization.method import Part
 
 
 class UnquantizedMethod(LinearMethod):
@@ -23,14 +22,7 @@ class UnquantizedMethod(LinearMethod):
 
     name = "unquantized"
 
-    def load(
-        self,
-        linear: Linear,
-        part: int,
-        value: Tensor | AffineTensor | ScaledTensor,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def load(self, linear: Linear, part: int, value: Part, device: torch.device, dtype: torch.dtype) -> None:
         """Write the part into its rows of the one tensor that there is."""
         if not hasattr(linear, "weight"):
             weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device)

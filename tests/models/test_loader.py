@@ -191,7 +191,7 @@ def test_a_part_that_the_model_does_not_have() -> None:
 
 def test_two_tensors_for_one_parameter() -> None:
     tensors = {**tree_tensors(), "k.weight": torch.zeros(2, 4)}
-    with pytest.raises(CheckpointError, match=r"'model.k.weight' and 'k.weight' both fill parameter 'qkv.weight'"):
+    with pytest.raises(CheckpointError, match=r"'model.k.weight' and 'k.weight' both fill 'qkv.weight'"):
         fill_tree(tensors)
 
 
@@ -314,7 +314,7 @@ def test_float16_on_a_cpu_is_promoted_with_a_notice(
     expected = "bfloat16" if is_native else "float32"
     assert load_model(folder, dtype="float16").dtype == getattr(torch, expected)
     assert [record.getMessage() for record in log.records if record.levelno == logging.WARNING] == [
-        f"dtype=float16 is not available on a CPU; computing in {expected}"
+        f"dtype=float16 is not for CPUs; computing in {expected}"
     ]
 
 

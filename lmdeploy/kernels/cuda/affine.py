@@ -5,7 +5,7 @@ The copy is made for each product, or kept where memory allows it. Functions as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmdeploy.kernels import invariant
 from lmdeploy.kernels.cuda import dense, packed_stream_gemm, skinny_gemm, wide_gemm
+from lmdeploy.kernels.cuda import layer_tail as tail
 from lmdeploy.kernels.cuda.skinny_gemm import MAX_TOKENS, Weight
 
 _GROUP_SIZES = (32, 64, 128)
@@ -131,6 +132,23 @@ def gated_mlp(
         norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
         hidden = gated_activation(linear(x, gate_up, **norm), activation)  # type: ignore[arg-type]
     return linear(hidden, down, residual=residual)
+
+
+def layer_tail(
+    x: Tensor,
+    residual: Tensor,
+    weights: Sequence[PackedAffine],
+    activation: str,
+    norm: dict[str, Any],
+    next_norm_weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """As kernels/cuda/layer_tail.py; weights: o, gate_up, down and, if there is a layer behind, its qkv. None: not here."""
+    o, gate_up, down, *last = (w.weight for w in weights)
+    behind = tail.Behind(next_norm_weight, last[0], bias) if last and next_norm_weight is not None else None
+    if invariant.applies(len(x)) or not tail.is_faster(x, o, gate_up, down, behind):
+        return None
+    return tail.layer_tail(x, residual, o, gate_up, down, activation, behind=behind, **norm)
 
 
 def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
