@@ -192,14 +192,12 @@ class Engine:
         """Advance by one step; returns the news of the oldest step once enough are in flight."""
         if self._stream is not None:  # another engine may have used this thread
             torch.cuda.set_stream(self._stream)
-        if len(self._in_flight) < self._max_steps_in_flight:
-            plan = self.scheduler.schedule()
-            if plan is not None:
-                if self.times is not None and not self._in_flight:
-                    self.times.begin()
-                self._in_flight.append(self.runner.execute(plan))
-                if len(self._in_flight) < self._max_steps_in_flight:
-                    return []
+        if len(self._in_flight) < self._max_steps_in_flight and (plan := self.scheduler.schedule()) is not None:
+            if self.times is not None and not self._in_flight:
+                self.times.begin()
+            self._in_flight.append(self.runner.execute(plan))
+            if len(self._in_flight) < self._max_steps_in_flight:
+                return []
         return self._finish_step(self._in_flight.popleft()) if self._in_flight else []
 
     def prepare_more(self) -> bool:
@@ -259,6 +257,8 @@ class Engine:
             self._forget(state)
         if self.times is not None:
             self.times.end_step(plan)
+        if plan.is_decode:  # each has a token, or an error in its place
+            return outputs
         # An output without any of these says only that a part of a prompt has been computed.
         return [
             o for o in outputs if o.token_ids or o.finish_reason or o.logits is not None or o.hidden_states is not None

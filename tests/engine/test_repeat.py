@@ -102,13 +102,17 @@ def test_repeats_are_what_the_base_would_have_planned(
         assert repeating == base
         return base
 
+    def maybe_abort() -> None:
+        if count and rng.random() < 0.05:
+            both("abort", str(rng.randint(1, count)))
+
     count = 0
     for step in range(400):
         if step < 60 and rng.random() < rate:
             both("add", random_request(rng, str(count := count + 1)))
-        if count and rng.random() < 0.05:
-            both("abort", str(rng.randint(1, count)))
+        maybe_abort()
         plan = both("schedule") if len(worlds[0].pending) < in_flight else None
+        maybe_abort()
         if worlds[0].pending and (plan is None or len(worlds[0].pending) == in_flight):
             base, repeating = (msgspec.msgpack.encode(world.update()) for world in worlds)
             assert repeating == base
@@ -117,6 +121,8 @@ def test_repeats_are_what_the_base_would_have_planned(
         assert not world.scheduler.has_work
         assert world.scheduler.blocks.num_free == num_blocks
     assert not worlds[0].num_repeated
+    base, repeating = ([state.token_ids for state in world.states.values()] for world in worlds)
+    assert repeating == base
 
 
 def test_most_steps_of_a_busy_engine_are_repeats() -> None:
