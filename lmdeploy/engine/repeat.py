@@ -84,14 +84,24 @@ class RepeatingScheduler(Scheduler):
         if not isinstance(plan, RepeatedPlan):
             return super().update(plan, tokens)
         bounds = plan.bounds
-        goes_on = not (bounds.is_over or self.enable_prefix_caching) and plan.states == self.running
+        goes_on = not bounds.is_over and plan.states == self.running
         if not goes_on or not bounds.let_all_go_on(tokens, plan.starts):
             plan.tell()
             return super().update(plan, tokens)
         self._num_ended_steps += 1
         bounds.untold.append(tokens)
+        if self.enable_prefix_caching:
+            self._name_filled_blocks(plan)
         self._release_retired()
         return list(map(RequestOutput, bounds.names, [[token] for token in tokens], repeat(None), *bounds.counts))
+
+    def _name_filled_blocks(self, plan: RepeatedPlan) -> None:
+        """Make the blocks findable that a step has filled."""
+        filled = np.flatnonzero((plan.starts + 1) % self.blocks.block_size == 0).tolist()
+        if filled:
+            plan.tell()
+        for row in filled:
+            self._name_full_blocks(plan.states[row], int(plan.starts[row]) + 1)
 
     def _repeat(self) -> RepeatedPlan | None:
         """The last step once more, one token further; None if anything else is to be decided."""
