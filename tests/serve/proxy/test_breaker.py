@@ -1,8 +1,16 @@
-"""The circuit breaker's states, with a clock of the test's own."""
+"""The circuit breaker's states, with a clock of the test's own, and what a probe makes of them."""
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx2
+import pytest
+
 from lmdeploy.serve.proxy.breaker import CircuitBreaker
+from lmdeploy.serve.proxy.node import Node
+from lmdeploy.serve.proxy.registry import Registry
+from lmdeploy.serve.proxy.settings import ProxySettings
 
 
 class Clock:
@@ -87,3 +95,22 @@ def test_an_old_success_closes_nothing() -> None:
     assert breaker.state == "closed"
     breaker.half_open()
     assert breaker.state == "closed"
+
+
+@pytest.mark.parametrize("fails_before", [False, True])
+def test_a_probe_ends_the_backoff_only_of_failures_before_it(fails_before: bool) -> None:
+    node = Node("http://127.0.0.1:1", ("m",))
+    if fails_before:
+        node.breaker.fail(is_fatal=True)
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if not fails_before:
+            node.breaker.fail(is_fatal=True)  # a request fails while the probe is under way
+        return httpx2.Response(200)
+
+    async def probe() -> None:
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer)) as client:
+            await Registry(ProxySettings(), client, lambda lost: None).probe(node)
+
+    asyncio.run(probe())
+    assert node.breaker.state == ("half_open" if fails_before else "open")
