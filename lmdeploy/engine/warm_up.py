@@ -92,8 +92,12 @@ def warm_up(runner: Runner, plan: MemoryPlan, uses_graphs: bool) -> None:
     """Make the copies of weights that are planned for, and the graphs."""
     for method in _copied_methods(runner.model) if plan.copy_bytes else ():
         method.keep_copy()
-    if uses_graphs:
-        start_graphs(runner, plan.max_batch_size, plan.session_len)
+    try:
+        if uses_graphs:
+            start_graphs(runner, plan.max_batch_size, plan.session_len)
+    except BaseException:
+        layer_tail.give_up(torch.cuda.current_stream())
+        raise
 
 
 def start_graphs(runner: Runner, max_batch_size: int, session_len: int) -> None:

@@ -89,13 +89,14 @@ class AffineMethod(LinearMethod):
         has_bias = any(linear.bias is not None for linear in linears)
         if behind is not None:
             norms, linears = [norm, behind[0]], [*linears, behind[1]]
+        if has_bias or any(each.kind != "rms" for each in norms):
+            return None
         methods = [linear.method for linear in linears]
         packed = [
             m.packed for m in methods if isinstance(m, AffineMethod) and m.kernels is self.kernels and m.columns is None
         ]
         fused = [fused_norm(x, each)[1] for each in norms]
-        kinds = {(each.get("norm_eps"), each.get("norm_offset")) for each in fused}
-        if has_bias or len(packed) < len(methods) or len(kinds) > 1 or not fused[0]:
+        if len(packed) < len(methods) or len({(each["norm_eps"], each["norm_offset"]) for each in fused}) > 1:
             return None
         last = (None, None) if behind is None else (fused[1]["norm_weight"], behind[1].bias)
         made: Tail | None = self.kernels.layer_tail(x, residual, packed, mlp.activation, fused[0], *last)

@@ -154,8 +154,13 @@ def test_an_interrupted_start_leaves_no_thread_and_no_model(tiny_llama: Path, mo
 
 def test_an_engine_takes_the_stream_of_one_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stream:
+        cuda_stream = 7
+
         def __init__(self, device: torch.device) -> None:
             self.device = device
+
+        def synchronize(self) -> None:
+            current.append("waited")
 
     current: list[object] = []
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -166,7 +171,7 @@ def test_an_engine_takes_the_stream_of_one_that_is_closed(monkeypatch: pytest.Mo
     streams = [warm_up.take_stream(first), warm_up.take_stream(first), warm_up.take_stream(other)]
     assert len(set(streams)) == 3
     warm_up.give_back(streams[1])
-    assert current == [("default", first)]
+    assert current == ["waited", ("default", first)]
     assert warm_up.take_stream(other) not in streams
     assert warm_up.take_stream(first) is streams[1]
     assert warm_up.take_stream(first) not in streams

@@ -146,7 +146,8 @@ def layer_tail(
     """As kernels/cuda/layer_tail.py; weights: o, gate_up, down and, if there is a layer behind, its qkv. None: not here."""
     o, gate_up, down, *last = (w.weight for w in weights)
     behind = tail.Behind(next_norm_weight, last[0], bias) if last and next_norm_weight is not None else None
-    if invariant.applies(len(x)) or not tail.is_faster(x, o, gate_up, down, behind):
+    fits = residual.shape == (1, o.n) and residual.dtype == x.dtype and residual.is_contiguous()
+    if invariant.applies(len(x)) or not fits or not tail.is_faster(x, o, gate_up, down, behind):
         return None
     return tail.layer_tail(x, residual, o, gate_up, down, activation, behind=behind, **norm)
 

@@ -20,6 +20,7 @@ _MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 _DEFAULT_SHARED_BYTES = 40 << 10
 _STACK_LIMIT, _STACK_BYTES = 0, 256  # CUlimit
+_MPS_ENABLED = 133  # CUdevice_attribute
 
 Argument = Union[Tensor, "TensorMap", int, float, None]
 
@@ -114,6 +115,15 @@ def reserve_less_stack() -> None:
     check(driver().cuCtxGetLimit(ctypes.byref(usual), _STACK_LIMIT), "cuCtxGetLimit")
     if usual.value > _STACK_BYTES:
         check(driver().cuCtxSetLimit(_STACK_LIMIT, ctypes.c_size_t(_STACK_BYTES)), "cuCtxSetLimit")
+
+
+@functools.cache
+def is_shared(index: int) -> bool:
+    """Whether kernels of other processes may run beside this one's on the GPU (MPS); not before drivers that can tell."""
+    device, is_on = ctypes.c_int(), ctypes.c_int()
+    check(driver().cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
+    status = driver().cuDeviceGetAttribute(ctypes.byref(is_on), _MPS_ENABLED, device)
+    return status == 0 and bool(is_on.value)
 
 
 def check(status: int, what: str) -> None:

@@ -336,8 +336,8 @@ layer_tail(const char* w_o, const char* w_gate_up, const char* w_down, const cha
   SYNC();
 
   multiply<Down, false>(warp, inner_at, tag, nullptr, partial);
-  if (blockIdx.x == 0 && tid == 0) *exchange = launch + 1;      // all blocks have read it: what came from them says so
   SYNC();
+  if (blockIdx.x == 0 && tid == 0) *exchange = launch + 1;      // all blocks have read it: of each there is a part of what came
   if (has_row) {
     const u16 out = to16(from16(h) + total<Down>(partial, tid));
     y[row] = out;

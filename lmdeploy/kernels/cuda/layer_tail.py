@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kernels.cuda import nvrtc
-from lmdeploy.kernels.cuda.driver import Kernel
+from lmdeploy.kernels.cuda.driver import Kernel, is_shared
 from lmdeploy.kernels.cuda.epilogue import ACTIVATIONS
 from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, num_sms, tiling_table, unit_bytes
 
@@ -23,7 +23,7 @@ _WARPS, _FEEDERS, _STAGES, _UNITS_AT_ONCE = 8, 4, 5, 4
 _IN_FLIGHT = 2  # stages of a warp, 70 KB of a multiprocessor: with more, what is small waits for them
 _AHEAD, _PACE = 6, 1500  # stages of a warp in L2; ns, in which memory brings one for every warp
 _FIRST_WORDS = 32  # of the exchange: the count of launches, alone in its line
-_owners: dict[torch.device, tuple[int, dict[tuple[int, int], Tensor]]] = {}
+_owners: dict[torch.device, tuple[int, dict[tuple[int, int, bool], Tensor]]] = {}
 _lock = threading.Lock()
 
 
@@ -47,10 +47,10 @@ class Shape:
         return _WARPS * (_STAGES * _UNITS_AT_ONCE * unit_bytes(group_size) + most * 16 * 4)
 
     def fits(self, blocks: int) -> bool:
-        """Whether tiles are whole, warps have a k-unit, and a block a thread for each of its rows."""
+        """Whether tiles are whole, warps have a k-unit, blocks a tile of the MLP and a thread for each of their rows."""
         has_units = all(k % COLUMNS == 0 and k >= _WARPS * COLUMNS for k in (self.heads, self.hidden, self.inner))
         has_threads = all(-(-n // 16 // blocks) * 16 <= _WARPS * 32 for n in (self.hidden, self.inner, self.qkv))
-        return has_units and self.qkv % 16 == 0 and has_threads
+        return has_units and self.qkv % 16 == 0 and self.inner // 16 >= blocks and has_threads
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,11 @@ def is_faster(x: Tensor, o: Weight, gate_up: Weight, down: Weight, behind: Behin
     weights = [o, gate_up, down] if behind is None else [o, gate_up, down, behind.qkv]
     shape = shape_of(o, gate_up, behind)
     is_one = all((w.group_size, w.has_zeros) == (o.group_size, o.has_zeros) for w in weights)
-    chains = down.k == gate_up.n // 2 and down.n == o.n == gate_up.k and gate_up.n % 32 == 0 == o.n % 16
-    return is_one and chains and _is_measured(shape) and _exchange(x.device, shape) is not None
+    chains = x.shape[1] == o.k and down.k == gate_up.n // 2 and down.n == o.n == gate_up.k and gate_up.n % 32 == 0
+    chains = chains and (behind is None or behind.qkv.k == down.n)
+    if not (is_one and chains and _is_measured(shape)) or is_shared(x.device.index):
+        return False
+    return _exchange(x.device, shape) is not None
 
 
 def layer_tail(
@@ -140,20 +143,25 @@ def variant_of(shape: Shape, weight: Weight, is_half: bool, activation: str, nor
 
 
 def give_up(stream: torch.cuda.Stream) -> None:
-    """This stream needs the kernel no more: another one may have it."""
+    """This stream needs the kernel no more: another one may have it, once its launches have ended."""
+    stream.synchronize()
     with _lock:
         if _owners.get(stream.device, (None,))[0] == stream.cuda_stream:
             del _owners[stream.device]
 
 
 def _exchange(device: torch.device, shape: Shape) -> Tensor | None:
-    """Where blocks meet, int32 and of this shape only, or words would keep tags of long ago; None for all streams but one."""
+    """Where blocks meet, int32, all of it written by every launch, or words would keep tags of long ago.
+
+    None for all streams but one, and in a capture where there is none yet, which would be made anew by every replay.
+    """
     stream = torch.cuda.current_stream(device).cuda_stream
+    key = shape.hidden, shape.inner, shape.qkv > 0
     with _lock:
-        owner, found = _owners.setdefault(device, (stream, {}))
-        if owner != stream:
+        owner, found = _owners.get(device, (stream, {}))
+        if owner != stream or (key not in found and torch.cuda.is_current_stream_capturing()):
             return None
-        key = shape.hidden, shape.inner
+        _owners[device] = owner, found
         if key not in found:
             found[key] = torch.zeros(_FIRST_WORDS + 2 * shape.hidden + shape.inner, dtype=torch.int32, device=device)
             found[key][0] = 1

@@ -21,8 +21,9 @@ NUM_CHECKS = 16
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The current stream, whose handle can be changed, on a GPU that there is not; no kernel has an owner yet."""
-    current = SimpleNamespace(cuda_stream=1, device=torch.device("cpu"))
+    current = SimpleNamespace(cuda_stream=1, device=torch.device("cpu"), synchronize=lambda: None, captures=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current.captures)
     monkeypatch.setattr(layer_tail, "_owners", {})
     monkeypatch.setattr(layer_tail, "num_sms", lambda: 132)
     return current
@@ -48,6 +49,7 @@ def test_shapes_that_fit() -> None:
     assert Shape(4096, 4096, 33792).fits(132)
     assert not Shape(4096, 4096, 33920).fits(132)  # more rows of a block than threads
     assert not Shape(4096, 4096, 14336).fits(50)
+    assert not Shape(4096, 4096, 2048).fits(132)  # a block without a tile of the MLP
 
 
 def test_shared_memory_of_a_block() -> None:
@@ -74,10 +76,9 @@ def test_one_stream_has_the_kernel_until_it_is_given_up(stream: SimpleNamespace)
     mine = layer_tail._exchange(device, shape)
     assert mine is not None
     assert mine.tolist() == [1] + [0] * (31 + 2 * 256 + 384)  # no word has the first launch's tag
-    assert layer_tail._exchange(device, Shape(512, 256, 384, 64)) is mine
-    assert (
-        layer_tail._exchange(device, Shape(128, 384, 256)) is not mine
-    )  # old tags of another shape could be a new one's
+    assert layer_tail._exchange(device, Shape(512, 256, 384)) is mine
+    for other in (Shape(128, 384, 256), Shape(128, 256, 384, 64)):  # old tags of another shape could be a new one's
+        assert layer_tail._exchange(device, other) is not mine
     stream.cuda_stream = 2
     assert layer_tail._exchange(device, shape) is None
     layer_tail.give_up(stream)  # type: ignore[arg-type]
@@ -86,6 +87,17 @@ def test_one_stream_has_the_kernel_until_it_is_given_up(stream: SimpleNamespace)
     layer_tail.give_up(stream)  # type: ignore[arg-type]
     stream.cuda_stream = 2
     assert layer_tail._exchange(device, shape) is not None
+
+
+def test_nothing_is_made_anew_in_a_capture(stream: SimpleNamespace) -> None:
+    device, shape = torch.device("cpu"), Shape(128, 256, 384)
+    stream.captures = True
+    assert layer_tail._exchange(device, shape) is None
+    stream.captures = False
+    mine = layer_tail._exchange(device, shape)
+    stream.captures = True
+    assert layer_tail._exchange(device, shape) is mine
+    assert layer_tail._exchange(device, Shape(128, 256, 512)) is None
 
 
 def test_a_stream_without_the_kernel_gets_an_error(stream: SimpleNamespace) -> None:
@@ -102,16 +114,17 @@ def test_layers_use_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> No
     x, asked = torch.zeros(1, 256, dtype=torch.bfloat16), []
     monkeypatch.setattr(layer_tail, "is_faster", lambda *arguments: bool(asked.append(arguments)) or len(asked) > 1)
     monkeypatch.setattr(layer_tail, "layer_tail", lambda *arguments, **named: (arguments, named))
-    norm, bias = {"norm_weight": x[0]}, torch.ones(67)
-    assert affine.layer_tail(x, x, [o, gate_up, down], "silu", norm, None, None) is None
-    _, named = affine.layer_tail(x, x, [o, gate_up, down, qkv], "silu", norm, x[0] + 1, bias)  # type: ignore[misc]
+    norm, bias, residual = {"norm_weight": x[0]}, torch.ones(67), torch.zeros(1, 64, dtype=torch.bfloat16)
+    assert affine.layer_tail(x, residual, [o, gate_up, down], "silu", norm, None, None) is None
+    _, named = affine.layer_tail(x, residual, [o, gate_up, down, qkv], "silu", norm, x[0] + 1, bias)  # type: ignore[misc]
     assert isinstance(named, dict)
     assert named["behind"].qkv is qkv.weight
     assert named["behind"].bias is bias
     assert asked[0] == (x, o.weight, gate_up.weight, down.weight, None)
     assert isinstance(asked[1][4], Behind)
+    assert affine.layer_tail(x, residual.float(), [o, gate_up, down], "silu", norm, None, None) is None
     monkeypatch.setattr(invariant, "_is_on", True)  # its sums are others than those of more tokens
-    assert affine.layer_tail(x, x, [o, gate_up, down], "silu", norm, None, None) is None
+    assert affine.layer_tail(x, residual, [o, gate_up, down], "silu", norm, None, None) is None
 
 
 @pytest.fixture(scope="module")
