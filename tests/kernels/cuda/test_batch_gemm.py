@@ -145,8 +145,8 @@ def test_against_float64(number: int) -> None:
 @on_hopper
 @pytest.mark.parametrize("m", [65, 128, 200, 256])
 def test_layers_take_the_tables_tilings(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {f"5632x1536:gated:{tokens}": [96, 1, 1, 2, tokens // 64, 1, 3] for tokens in batch_gemm.TOKEN_TILES}
-    table |= {f"1536x2816:{tokens}": [64, 2, 1, 2, tokens // 64, 1, 3] for tokens in batch_gemm.TOKEN_TILES}
+    table = {f"5632x1536:gated:{tokens}": [96, 1, 1, 2, tokens // 64, 3] for tokens in batch_gemm.TOKEN_TILES}
+    table |= {f"1536x2816:{tokens}": [64, 2, 1, 2, tokens // 64, 3] for tokens in batch_gemm.TOKEN_TILES}
     monkeypatch.setattr(batch_gemm, "tiling_table", lambda name: table)
     batch_gemm.choose_tiling.cache_clear()
     torch.manual_seed(m)
