@@ -38,6 +38,7 @@ class LlamaDecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         attention, norm, mlp = self.self_attn, self.post_attention_layernorm, self.mlp
+        # Of one token all up to the next layer's attention may be one kernel, as reading weights is then all there is to do.
         if len(x) == 1 and isinstance(attention, SelfAttention) and isinstance(mlp, GatedMLP):
             attended = attention.attend(x, self.input_layernorm, ctx)
             x, ctx.qkv = layer_tail(attended, x, attention.o_proj, norm, mlp, self.behind)
