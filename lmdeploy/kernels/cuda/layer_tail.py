@@ -118,7 +118,8 @@ def layer_tail(
 
     x: [1, H] of 16 bits; residual, y: [1, C]; q, k, v: [1, N] or None. Raises KernelError where another stream has the kernel.
     """
-    shape, exchange = shape_of(o, gate_up, behind), _exchange(x.device, shape_of(o, gate_up, behind))
+    shape = shape_of(o, gate_up, behind)
+    exchange = _exchange(x.device, shape)
     if exchange is None:
         raise nvrtc.KernelError("the kernel belongs to another stream: two at once would wait for each other")
     y = torch.empty_like(residual)
