@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ from lmdeploy.kernels import invariant
 from lmdeploy.kernels.cuda import affine, layer_tail, nvrtc
 from lmdeploy.kernels.cuda.layer_tail import Behind, Shape
 from lmdeploy.kernels.cuda.skinny_gemm import Weight, tiling_table
+from tests.kernels.cuda.outcomes import Outcomes, error_of, run_checks
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="there is no Hopper GPU")
@@ -128,17 +128,10 @@ def test_layers_use_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[int, float | AssertionError]:
+def outcomes() -> Outcomes:
     from benchmarks.layer_tail import check
 
-    def one(number: int) -> float | AssertionError:
-        try:
-            return check(number)
-        except AssertionError as error:
-            return error
-
-    with ThreadPoolExecutor(8) as pool:  # most of the time they compile
-        found = dict(enumerate(pool.map(one, range(NUM_CHECKS))))
+    found = run_checks(check, NUM_CHECKS)
     layer_tail.give_up(torch.cuda.current_stream())
     return found
 
@@ -146,11 +139,8 @@ def outcomes() -> dict[int, float | AssertionError]:
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("number", range(NUM_CHECKS))
-def test_against_float64(number: int, outcomes: dict[int, float | AssertionError]) -> None:
-    outcome = outcomes[number]
-    if isinstance(outcome, AssertionError):
-        raise outcome
-    assert outcome < 1e-2
+def test_against_float64(number: int, outcomes: Outcomes) -> None:
+    assert error_of(outcomes[number]) < 1e-2
 
 
 @pytest.mark.gpu

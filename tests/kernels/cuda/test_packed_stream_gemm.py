@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from lmdeploy.kernels.cuda import affine, nvrtc, packed_stream_gemm, skinny_gemm
 from lmdeploy.kernels.cuda.epilogue import Epilogue
 from lmdeploy.kernels.cuda.packed_stream_gemm import Product, Tiling, Variant
 from lmdeploy.kernels.cuda.skinny_gemm import Weight, unit_bytes
+from tests.kernels.cuda.outcomes import Outcomes, error_of, run_checks
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="there is no Hopper GPU")
@@ -137,28 +136,17 @@ def test_layers_of_few_tokens_use_it_where_it_is_faster(monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[int, float | AssertionError]:
-    """All random cases at once: most of their time they compile."""
+def outcomes() -> Outcomes:
     from benchmarks.packed_stream_gemm import check
 
-    def one(number: int) -> float | AssertionError:
-        try:
-            return check(number)
-        except AssertionError as error:
-            return error
-
-    with ThreadPoolExecutor(16) as pool:
-        return dict(enumerate(pool.map(one, range(NUM_CHECKS))))
+    return run_checks(check, NUM_CHECKS)
 
 
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("number", range(NUM_CHECKS))
-def test_against_float64(number: int, outcomes: dict[int, float | AssertionError]) -> None:
-    outcome = outcomes[number]
-    if isinstance(outcome, AssertionError):
-        raise outcome
-    assert outcome < 1e-2
+def test_against_float64(number: int, outcomes: Outcomes) -> None:
+    assert error_of(outcomes[number]) < 1e-2
 
 
 @pytest.mark.gpu
