@@ -188,13 +188,17 @@ class Chain:
         multiply[0](self.h, weights[0], out=self.wide, **norm)
         hidden = self.wide[:, : self.h.shape[1]]
         if has_attention:
-            hidden = decode_attention.rope_store_attend(
-                self.wide, self.cos, self.sin, *self.cache[layer], self.tables, self.work, self.spec,
-                may_overlap=True, shape=self.shape,
-            )  # fmt: skip
+            hidden = self.attend(layer)
         multiply[1](hidden, weights[1], out=self.h, residual=self.h)
         multiply[2](self.h, weights[2], out=self.inner, activation="silu", **norm)
         multiply[3](self.inner, weights[3], out=self.h, residual=self.h)
+
+    def attend(self, layer: int) -> Tensor:
+        """A layer's decode attention to what its first product has left."""
+        return decode_attention.rope_store_attend(
+            self.wide, self.cos, self.sin, *self.cache[layer], self.tables, self.work, self.spec,
+            may_overlap=True, shape=self.shape,
+        )  # fmt: skip
 
     def calls(self, tilings: Tilings, has_attention: bool = True) -> list[Callable[[], None]]:
         """One per layer."""
