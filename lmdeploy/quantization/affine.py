@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +67,20 @@ class AffineMethod(LinearMethod):
     def gated_mlp(
         self, x: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, activation: str, residual: Tensor | None
     ) -> Tensor:
-        other = down.method
-        has_bias = gate_up.bias is not None or down.bias is not None
-        if has_bias or not isinstance(other, AffineMethod) or other.kernels is not self.kernels:
-            return super().gated_mlp(x, norm, gate_up, down, activation, residual)
-        if self.columns is not None or other.columns is not None:
+        packed = self._packed_alike((gate_up, down))
+        if packed is None or gate_up.bias is not None or down.bias is not None:
             return super().gated_mlp(x, norm, gate_up, down, activation, residual)
         x, fused = fused_norm(x, norm)
-        return self.kernels.gated_mlp(x, self.packed, other.packed, activation, residual=residual, **fused)
+        return self.kernels.gated_mlp(x, *packed, activation, residual=residual, **fused)
+
+    def _packed_alike(self, linears: Sequence[Linear]) -> list[Any] | None:
+        """What they hold, if it is all for this method's kernels and in the order of x's columns."""
+        methods = [linear.method for linear in linears]
+        if any(
+            not isinstance(m, AffineMethod) or m.kernels is not self.kernels or m.columns is not None for m in methods
+        ):
+            return None
+        return [m.packed for m in methods]  # type: ignore[attr-defined]
 
     def layer_tail(
         self, x: Tensor, residual: Tensor, o: Linear, norm: Norm, mlp: GatedMLP, behind: Behind | None
@@ -91,12 +98,8 @@ class AffineMethod(LinearMethod):
             norms, linears = [norm, behind[0]], [*linears, behind[1]]
         if has_bias or any(each.kind != "rms" for each in norms):
             return None
-        methods = [linear.method for linear in linears]
-        packed = [
-            m.packed for m in methods if isinstance(m, AffineMethod) and m.kernels is self.kernels and m.columns is None
-        ]
-        fused = [fused_norm(x, each)[1] for each in norms]
-        if len(packed) < len(methods) or len({(each["norm_eps"], each["norm_offset"]) for each in fused}) > 1:
+        packed, fused = self._packed_alike(linears), [fused_norm(x, each)[1] for each in norms]
+        if packed is None or len({(each["norm_eps"], each["norm_offset"]) for each in fused}) > 1:
             return None
         last = (None, None) if behind is None else (fused[1]["norm_weight"], behind[1].bias)
         made: Tail | None = self.kernels.layer_tail(x, residual, packed, mlp.activation, fused[0], *last)
