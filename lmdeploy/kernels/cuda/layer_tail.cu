@@ -5,6 +5,8 @@
 // Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   HEADS, HIDDEN, INNER   lengths of x, of h and y, of gate; multiples of 128     QKV   length of qkv, 0: there is none
 //   GROUP 32..128 columns that share a scale               ZERO  1|0 an integer zero or a minimum per group
+//   WARPS, FEEDERS         warps that multiply; warps that fill their rings, as many each
+//   FIRST_WORDS            of the exchange, for the count of launches
 //   STAGES, UNITS_AT_ONCE  depth of each warp's ring; k-units of a stage: 2, or a multiple of 4
 //   IN_FLIGHT              stages of a warp that are asked for and have not come
 //   AHEAD, PACE            stages that are brought to L2 before the ring has room for them, and ns between two
@@ -27,11 +29,9 @@
 // Lanes, then warps are added up in a fixed order: equal bits on every run.
 //
 // Between products numbers pass through words of 32 bits whose upper half is the launch's tag: who reads a word with that tag
-// has the number, without any barrier. `exchange` is the tag's count [32 words], then h, act(gate) * up, and y.
+// has the number, without any barrier. `exchange` is the tag's count [FIRST_WORDS], then h, act(gate) * up, and y.
 #include "common.cuh"
 
-#define WARPS 8
-#define FEEDERS 4
 #define FED (WARPS / FEEDERS)                  // warps that one of them feeds
 #define THREADS (WARPS * 32)                   // of those that multiply
 #define SYNC() asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory")
@@ -312,7 +312,7 @@ layer_tail(const char* w_o, const char* w_gate_up, const char* w_down, const cha
   Warp warp;
   warp.id = tid / 32; warp.lane = tid % 32; warp.slot = 0; warp.parity = 0;
   warp.ring = smem_u32(smem) + warp.id * (STAGES * STAGE_BYTES); warp.bars = smem_u32(bars) + warp.id * (16 * STAGES);
-  u32 *const h_at = exchange + 32, *const inner_at = h_at + HIDDEN, *const y_at = inner_at + INNER;
+  u32 *const h_at = exchange + FIRST_WORDS, *const inner_at = h_at + HIDDEN, *const y_at = inner_at + INNER;
   WAIT_FOR_PREVIOUS();
   const u32 launch = ldg32((const u16*)exchange), tag = launch << 16;
 

@@ -71,7 +71,8 @@ class Variant:
         return {
             "HEADS": shape.heads, "HIDDEN": shape.hidden, "INNER": shape.inner, "QKV": shape.qkv,
             "GROUP": self.group_size, "ZERO": int(self.has_zeros), "FP16": int(self.is_half),
-            "ACT": ACTIVATIONS.index(self.activation), "NORM_OFFSET": f"{self.norm_offset}f", "STAGES": _STAGES,
+            "ACT": ACTIVATIONS.index(self.activation), "NORM_OFFSET": f"{self.norm_offset}f",
+            "WARPS": _WARPS, "FEEDERS": _FEEDERS, "FIRST_WORDS": _FIRST_WORDS, "STAGES": _STAGES,
             "UNITS_AT_ONCE": _UNITS_AT_ONCE, "IN_FLIGHT": _IN_FLIGHT, "AHEAD": _AHEAD, "PACE": _PACE, "BLOCKS": self.blocks,
         }  # fmt: skip
 
