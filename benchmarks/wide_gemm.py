@@ -83,7 +83,7 @@ class Case:
     def _macros(self, tiling: Tiling) -> dict[str, object]:
         kind = GATED if self.is_gated else int(self.more["residual"] is not None)
         epilogue = Epilogue(is_half=False, out_float=False, kind=kind, has_bias=self.more["bias"] is not None)
-        return wide_gemm.choose_variant(self.weights[0], wide_gemm.tokens_of(self.m), epilogue, tiling).macros()
+        return wide_gemm.choose_variant(self.weights[0], epilogue, tiling).macros()
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmdeploy.kernels import invariant
-from lmdeploy.kernels.cuda import dense, packed_stream_gemm, skinny_gemm, wide_gemm
+from lmdeploy.kernels.cuda import byte_gemm, dense, packed_stream_gemm, skinny_gemm, wide_gemm
 from lmdeploy.kernels.cuda import layer_tail as tail
 from lmdeploy.kernels.cuda.skinny_gemm import MAX_TOKENS, Weight
 
@@ -88,6 +88,9 @@ def linear(
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, [M, K] -> [M, N]; the result may take the residual's place."""
     rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "out": residual}
+    if _has_fixed_bits(x, w):
+        norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
+        return byte_gemm.byte_gemm(x, w.weight, **rest, **norm)
     if _is_wide(x, w):
         x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
         return wide_gemm.wide_gemm(x, w.weight, **rest)
@@ -116,7 +119,10 @@ def gated_mlp(
     residual: Tensor | None = None,
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(rms_norm(x)): [M, C] -> [M, C]."""
-    if _is_wide(x, gate_up) and gate_up.n % 32 == 0:
+    norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
+    if _has_fixed_bits(x, gate_up) and gate_up.n % 32 == 0:
+        hidden = byte_gemm.byte_gemm(x, gate_up.weight, activation=activation, **norm)
+    elif _is_wide(x, gate_up) and gate_up.n % 32 == 0:
         x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
         hidden = wide_gemm.wide_gemm(x, gate_up.weight, activation=activation)
     elif _is_skinny(x) and gate_up.n % 32 == 0:
@@ -129,8 +135,7 @@ def gated_mlp(
     else:
         from lmdeploy.kernels import gated_activation
 
-        norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
-        hidden = gated_activation(linear(x, gate_up, **norm), activation)  # type: ignore[arg-type]
+        hidden = gated_activation(linear(x, gate_up, **norm), activation)
     return linear(hidden, down, residual=residual)
 
 
@@ -147,7 +152,7 @@ def layer_tail(
     o, gate_up, down, *last = (w.weight for w in weights)
     behind = tail.Behind(next_norm_weight, last[0], bias) if last and next_norm_weight is not None else None
     fits = residual.shape == (1, o.n) and residual.dtype == x.dtype and residual.is_contiguous()
-    if invariant.applies(len(x)) or not fits or not tail.is_faster(x, o, gate_up, down, behind):
+    if not fits or not tail.is_faster(x, o, gate_up, down, behind):
         return None
     return tail.layer_tail(x, residual, o, gate_up, down, activation, behind=behind, **norm)
 
@@ -166,9 +171,14 @@ def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
     return (wide * scales[rows, :, None] + mins[rows, :, None]).flatten(-2).to(dtype)
 
 
+def _has_fixed_bits(x: Tensor, w: PackedAffine) -> bool:
+    """Whether sums must not depend on the number of tokens, and Hopper's kernel for that can take them."""
+    return invariant.applies(len(x)) and wide_gemm.supports(x, w.weight)
+
+
 def _is_wide(x: Tensor, w: PackedAffine) -> bool:
-    """Whether Hopper's own kernel can, and should: it is the fastest, or its sums must not depend on the number of tokens."""
-    return (invariant.applies(len(x)) or len(x) >= wide_gemm.FIRST_TOKENS) and wide_gemm.supports(x, w.weight)
+    """Whether Hopper's own kernel can, and is the fastest."""
+    return len(x) >= wide_gemm.FIRST_TOKENS and not invariant.applies(len(x)) and wide_gemm.supports(x, w.weight)
 
 
 def _is_skinny(x: Tensor) -> bool:

@@ -1,6 +1,7 @@
 // What the kernels of this folder have in common: each includes it, and NVRTC needs nothing else. Of a kernel's macros it reads
 //   FP16  0|1      the 16-bit type is bf16 or fp16        ACT   0 silu, 1 gelu, 2 gelu_tanh
 //   NORM_OFFSET    where an RMS norm is in front           ACCUMULATORS and others, for a wgmma of operands in shared memory
+//   DIGITS, GROUP  for integer arithmetic                 TOTALS and others, where warpgroups and blocks split K
 // Where two ways to the same result compile to different instructions, kernels keep the one that they were measured with:
 //   SHIFTED_HI     hi by a shift of its own               QUOTIENT(a, b)   the activation's, rounded correctly or not
 typedef unsigned int u32;
@@ -36,6 +37,7 @@ __device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_gene
 __device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
 __device__ __forceinline__ uint4 lds128(u32 a) {
   uint4 v; asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a)); return v; }
+__device__ __forceinline__ uint2 lds64(u32 a) { uint2 v; asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a)); return v; }
 __device__ __forceinline__ float4 lds_float4(u32 a) {
   float4 v; asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a)); return v; }
 __device__ __forceinline__ void copy16(u32 dst, const void* src) {
@@ -105,6 +107,85 @@ __device__ __forceinline__ float activation(float v) {
   return QUOTIENT(v, 1.f + __expf(-2.f * u));
 #endif
 }
+
+#ifdef DIGITS      // x as integers: GROUP columns share a scale of W
+// ---- 128 columns of x, a unit, are 16-bit integers times a power of two, so chosen that the largest has 15 bits and a sign: a bf16
+// of at least 1/128 of the largest is exact, the error of any is below 2^-16 of it. Two digits of 8 bits each take two columns of
+// mma.m16n8k32: B registers hold 4 units, column c being digit c % 2 (the upper one first) of unit c / 2. A word of packed weights is,
+// by its low nibbles, 4 columns of row g, by its high ones 16 times those of row g + 8, without a shift. So a unit's sum is exact,
+// whichever kernel takes it. In float32, units of an eighth of K are added one after the other, by fma; eighths of a slice in a
+// row, slices in a row: kernels that cut a product into the same slices get the same bits.
+#define GROUPS (128 / GROUP)
+#define EIGHTHS 8
+__device__ __forceinline__ void mma_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
+__device__ __forceinline__ float larger(float a, float b) { float r; asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(fabsf(b))); return r; }
+// Of a unit this lane's columns, 4 times 8 in a row.
+__device__ __forceinline__ void load(const u16* x, u32 /* tag */, bool has, float (&f)[4][8]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint4 v = has ? ldg128(x + i * 32) : make_uint4(0, 0, 0, 0);
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) { f[i][2 * j] = lo(words[j]); f[i][2 * j + 1] = hi(words[j]); }
+  }
+}
+#ifdef NORM_OFFSET
+// Those times a norm's weights; the sum of their squares before that.
+__device__ __forceinline__ float times_norm(const u16* gamma, bool has, float (&f)[4][8]) {
+  float squared = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint4 v = has ? *(const uint4*)(gamma + i * 32) : make_uint4(0, 0, 0, 0);
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      squared += f[i][j] * f[i][j];
+      f[i][j] *= (j % 2 ? hi(words[j / 2]) : lo(words[j / 2])) + NORM_OFFSET;
+    }
+  }
+  return squared;
+}
+#endif
+// Of four units, two digits of each in lanes 2u and 2u + 1 of 8: one digit of this lane's columns; the power of two that they are multiples of, NaN if some number of the unit is not finite.
+__device__ __forceinline__ float to_digits(const float (&f)[4][8], bool is_lower, u32 (&out)[8]) {
+  float most = 0.f;
+#pragma unroll
+  for (int i = 0; i < 32; i++) most = larger(most, f[i / 8][i % 8]);
+  most = larger(most, __shfl_xor_sync(~0u, most, 1));
+  most = larger(most, __shfl_xor_sync(~0u, most, 2));
+  const u32 exponent = max(__float_as_uint(most * 1.004f) & 0x7f800000u, 20u << 23);      // so no integer is above 32,637
+  const float inverse = __uint_as_float((268u << 23) - exponent);
+  const float magic = is_lower ? 12582912.f : 12582912.f + 128.f;      // has the integer in its lowest bits; the upper digit is rounded
+  const u32 choice = is_lower ? 0x40 : 0x51;
+#pragma unroll
+  for (int w = 0; w < 8; w++) {
+    u32 n[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) n[j] = __float_as_uint(fmaf(f[w / 2][w % 2 * 4 + j], inverse, magic));
+    out[w] = __byte_perm(__byte_perm(n[0], n[2], choice), __byte_perm(n[1], n[3], choice), 0x5410);
+  }
+  return most < 3e38f ? __uint_as_float(exponent - (14u << 23)) : __uint_as_float(0x7fffffffu);
+}
+
+// Sums of the columns of each group, of unit t of these four.
+__device__ __forceinline__ void sum_groups(const u32 (&digits)[8], int (&sums)[GROUPS]) {
+#pragma unroll
+  for (int p = 0; p < GROUPS; p++) {
+    int d[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int s = p * 4 / GROUPS; s < (p + 1) * 4 / GROUPS; s++) mma_bytes(d, 0x01010101u, 0, 0x01010101u, 0, digits[2 * s], digits[2 * s + 1]);
+    sums[p] = d[0] * 256 + d[1];
+  }
+}
+__device__ __forceinline__ float one_over_rms(const float* squares, int columns, float eps) {      // by their sums of eighths
+  float q = 0.f;
+#pragma unroll
+  for (int k = 0; k < EIGHTHS; k++) q += squares[k];
+  return rsqrtf(q / (float)columns + eps);
+}
+#endif
 
 // ---- Barriers in shared memory; from sm_90 on they count the bytes of bulk copies. Two ways to wait, of which the second
 // is for every architecture: a loop in assembler and one in C++.
@@ -176,6 +257,71 @@ __device__ __forceinline__ void store_chunk(void* y, const u16* __restrict__ bia
     const long long place = (long long)token * ldy + n;
     if (OUT32) *(float2*)((float*)y + place) = make_float2(first, second);
     else *(u32*)((u16*)y + place) = pack16(first, second);
+  }
+}
+#endif
+#ifdef TOTALS      // CL blocks of CONSUMERS threads have red[WK][NT tokens][row], each for a part of K: y is their sum
+__device__ __forceinline__ float4 total(const float* red, int pitch, int token, int row) {
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int c = 0; c < CL; c++)
+#pragma unroll
+    for (int k = 0; k < WK; k++) {
+      const float* from = red + (k * NT + token) * pitch + row;
+#if CL > 1
+      const float4 p = ldcluster(smem_u32(from), c);
+#else
+      const float4 p = *(const float4*)from;
+#endif
+      v.x += p.x; v.y += p.y; v.z += p.z; v.w += p.w;
+    }
+  return v;
+}
+// scales: of each token, or null. vectors: rows of y and residual are aligned for four elements at once.
+__device__ __forceinline__ void store_totals(const float* red, int pitch, int crank, int t0, int cnt, int rows, int M, int ldy, int vectors,
+                                             const float* scales, const u16* residual, const u16* bias, void* y) {
+  const int quads = cnt * 4;
+  for (int e = crank * CONSUMERS + threadIdx.x; e < quads * M; e += CL * CONSUMERS) {
+    const int tok = e / quads, local = (e - tok * quads) * 4, row = t0 * 16 + local;
+    if (row >= rows) continue;
+    const long long place = (long long)tok * ldy + row;
+    const float scale = scales ? __uint_as_float(ldg32((const u16*)(scales + tok))) : 1.f;
+    u32 res[2] = {0, 0};
+    if (EPI == 1 && vectors) asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(res[0]), "=r"(res[1]) : "l"(residual + place) : "memory");
+    const float4 sum = total(red, pitch, tok, local);
+    float v[4] = {sum.x, sum.y, sum.z, sum.w};
+    if (BIAS || scales) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[i] = fmaf(scale, v[i], BIAS && row + i < rows ? from16(bias[row + i]) : 0.f);
+    }
+    if (EPI == 1) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (vectors) v[i] += from16((u16)(res[i >> 1] >> 16 * (i & 1)));
+        else if (row + i < rows) v[i] += from16(((const volatile u16*)residual)[place + i]);
+      }
+    }
+    if (EPI == 2) {
+      const float4 more = total(red, pitch, tok, cnt * 16 + local);
+      float up[4] = {more.x, more.y, more.z, more.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (BIAS && row + i < rows) up[i] = fmaf(scale, up[i], from16(bias[rows + row + i]));
+        else up[i] *= scale;
+        v[i] = activation(v[i]) * up[i];
+      }
+    }
+    if (vectors) {
+      if (OUT32) *(float4*)((float*)y + place) = make_float4(v[0], v[1], v[2], v[3]);
+      else *(uint2*)((u16*)y + place) = make_uint2(pack16(v[0], v[1]), pack16(v[2], v[3]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (row + i >= rows) break;
+        if (OUT32) ((float*)y)[place + i] = v[i];
+        else ((u16*)y)[place + i] = (u16)pack16(v[i], 0.f);
+      }
+    }
   }
 }
 #endif

@@ -59,3 +59,12 @@ def prepare(
     index = 0 if activation is None else ACTIVATIONS.index(activation)
     is_half, out_float = x.dtype == torch.float16, out.dtype == torch.float32
     return Epilogue(is_half, out_float, kind, index, bias is not None), out, residual
+
+
+def has_quads(out: Tensor, residual: Tensor | None) -> bool:
+    """Whether all rows of both can be taken four elements at a time."""
+    return out.shape[1] % 4 == 0 and all(
+        part.stride(0) % 4 == 0 and part.data_ptr() % (4 * part.element_size()) == 0
+        for part in (out, residual)
+        if part is not None
+    )

@@ -5,7 +5,8 @@
 // Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   HEADS, HIDDEN, INNER   lengths of x, of h and y, of gate; multiples of 128     QKV   length of qkv, 0: there is none
 //   GROUP 32..128 columns that share a scale               ZERO  1|0 an integer zero or a minimum per group
-//   WARPS, FEEDERS         warps that multiply; warps that fill their rings, as many each
+//   O_SLICES, GATE_UP_SLICES, DOWN_SLICES, QKV_SLICES      of K, for the order of sums
+//   WARPS, FEEDERS         warps that multiply, 8; warps that fill their rings, as many each
 //   FIRST_WORDS            of the exchange, for the count of launches
 //   STAGES, UNITS_AT_ONCE  depth of each warp's ring; k-units of a stage: 2, or a multiple of 4
 //   IN_FLIGHT              stages of a warp that are asked for and have not come
@@ -21,28 +22,25 @@
 // mma.m16n8k16, then scales and zeros. Each of the WARPS owns a run of k-units of all tiles of its block; FEEDERS more warps
 // fill the rings.
 //
-// Arithmetic is of integers. 128 columns of x are 16-bit integers times a power of two, so chosen that the largest has 15
-// bits and a sign: a bf16 of at least 1/128 of the largest is exact, the error of any is below 2^-16 of it. Two digits of 8 bits
-// take two of the 8 columns of mma.m16n8k32, so that B registers hold 4 k-units of x: column c is digit c % 2 (the upper one
-// first) of unit c / 2. The bytes of a word of weights are then, by its low nibbles, 4 columns of row g, by its high ones 16 times
-// those of row g + 8, without a shift. A unit's sum is exact; from its lane it goes to float32 with scale, zero and power.
-// Lanes, then warps are added up in a fixed order: equal bits on every run.
+// Arithmetic is that of DIGITS in common.cuh: a warp has an eighth of K. From its lane a unit's exact sum goes to float32 with
+// scale, zero and power.
 //
 // Between products numbers pass through words of 32 bits whose upper half is the launch's tag: who reads a word with that tag
 // has the number, without any barrier. `exchange` is the tag's count [FIRST_WORDS], then h, act(gate) * up, and y.
+#define DIGITS
 #include "common.cuh"
 
 #define FED (WARPS / FEEDERS)                  // warps that one of them feeds
 #define THREADS (WARPS * 32)                   // of those that multiply
 #define SYNC() asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory")
 #define ASKING ((FED * UNITS_AT_ONCE == 32 ? 0u : 1u << (FED * UNITS_AT_ONCE % 32)) - 1)      // lanes of a feeding warp
-#define GROUPS (128 / GROUP)
 #define UNIT (1024 + 64 * GROUPS)
 #define STAGE_BYTES (UNITS_AT_ONCE * UNIT)
 #define RING_BYTES (WARPS * STAGES * STAGE_BYTES)
 #define PRODUCTS (QKV ? 4 : 3)
 
-template <int COLS, int ROWS, int SIDES_> struct Product {
+template <int COLS, int ROWS, int SIDES_, int SLICES_> struct Product {
+  static constexpr int SLICES = SLICES_;
   static constexpr int UNITS = COLS / 128, SIDES = SIDES_, TILES = ROWS / 16;              // of y: with gates and ups, pairs
   static constexpr int U = (UNITS + WARPS - 1) / WARPS, SETS = (U + 3) / 4;                // of a warp; some have one unit less
   static constexpr int PARTS = (U + UNITS_AT_ONCE - 1) / UNITS_AT_ONCE;                    // stages of a tile
@@ -53,10 +51,10 @@ template <int COLS, int ROWS, int SIDES_> struct Product {
   static __device__ __forceinline__ int first_unit(int warp) { return warp * UNITS / WARPS; }
   static __device__ __forceinline__ int units(int warp) { return EVEN ? U : first_unit(warp + 1) - first_unit(warp); }
 };
-using O = Product<HEADS, HIDDEN, 1>;
-using GateUp = Product<HIDDEN, INNER, 2>;
-using Down = Product<INNER, HIDDEN, 1>;
-using Qkv = Product<HIDDEN, QKV, 1>;
+using O = Product<HEADS, HIDDEN, 1, O_SLICES>;
+using GateUp = Product<HIDDEN, INNER, 2, GATE_UP_SLICES>;
+using Down = Product<INNER, HIDDEN, 1, DOWN_SLICES>;
+using Qkv = Product<HIDDEN, QKV, 1, QKV_SLICES>;
 
 // ---- Feeding. A stage of a warp is some of its k-units of one tile; stages follow each other through all products.
 struct Place {
@@ -130,10 +128,6 @@ __device__ __forceinline__ void feed(const Weights& w, u32 ring, u32 bars, int f
 // ---- Multiplying
 struct Warp { int id, lane; u32 ring, bars; int slot; u32 parity; };      // bars: of slots that are full, then of empty ones
 
-__device__ __forceinline__ void mma_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
-__device__ __forceinline__ float larger(float a, float b) { float r; asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(fabsf(b))); return r; }
 __device__ __forceinline__ bool is_old(uint4 v, u32 tag) { return ((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) >> 16; }
 
 // Of a unit's 128 columns this lane's, 4 times 8 in a row: from words with the tag, waiting for them, or from 16-bit numbers.
@@ -151,51 +145,6 @@ __device__ __forceinline__ void load(const u32* x, u32 tag, bool has, float (&f)
     }
   } while (__any_sync(~0u, is_late));
 }
-__device__ __forceinline__ void load(const u16* x, u32, bool has, float (&f)[4][8]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint4 v = has ? ldg128(x + i * 32) : make_uint4(0, 0, 0, 0);
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) { f[i][2 * j] = lo(words[j]); f[i][2 * j + 1] = hi(words[j]); }
-  }
-}
-// Those times a norm's weights; the sum of their squares before that.
-__device__ __forceinline__ float times_norm(const u16* gamma, bool has, float (&f)[4][8]) {
-  float squared = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint4 v = has ? *(const uint4*)(gamma + i * 32) : make_uint4(0, 0, 0, 0);
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      squared += f[i][j] * f[i][j];
-      f[i][j] *= (j % 2 ? hi(words[j / 2]) : lo(words[j / 2])) + NORM_OFFSET;
-    }
-  }
-  return squared;
-}
-// One digit of each; the power of two that they are multiples of, NaN if some number of the unit is not finite.
-__device__ __forceinline__ float digits(const float (&f)[4][8], bool is_lower, u32 (&out)[8]) {
-  float most = 0.f;
-#pragma unroll
-  for (int i = 0; i < 32; i++) most = larger(most, f[i / 8][i % 8]);
-  most = larger(most, __shfl_xor_sync(~0u, most, 1));
-  most = larger(most, __shfl_xor_sync(~0u, most, 2));
-  const u32 exponent = max(__float_as_uint(most * 1.004f) & 0x7f800000u, 20u << 23);      // so no integer is above 32,637
-  const float inverse = __uint_as_float((268u << 23) - exponent);
-  const float magic = is_lower ? 12582912.f : 12582912.f + 128.f;      // has the integer in its lowest bits; the upper digit is rounded
-  const u32 choice = is_lower ? 0x40 : 0x51;
-#pragma unroll
-  for (int w = 0; w < 8; w++) {
-    u32 n[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) n[j] = __float_as_uint(fmaf(f[w / 2][w % 2 * 4 + j], inverse, magic));
-    out[w] = __byte_perm(__byte_perm(n[0], n[2], choice), __byte_perm(n[1], n[3], choice), 0x5410);
-  }
-  return most < 3e38f ? __uint_as_float(exponent - (14u << 23)) : __uint_as_float(0x7fffffffu);
-}
-
 // Sums over this warp's columns go to partial[warp][tile][side][16]. gamma: a norm's weights, else null. Returns, in all lanes,
 // the sum of the squares of this warp's columns of x, if there is a norm.
 template <class P, bool NORM, class Number> __device__ __forceinline__ float multiply(Warp& warp, const Number* x, u32 tag, const u16* gamma, float* partial) {
@@ -209,14 +158,8 @@ template <class P, bool NORM, class Number> __device__ __forceinline__ float mul
     float f[4][8];
     load(x + column, tag, unit < units, f);
     if (NORM) squared += times_norm(gamma + column, unit < units, f);
-    power[b] = __shfl_sync(~0u, digits(f, g % 2, xs[b]), t * 8);
-#pragma unroll
-    for (int p = 0; p < GROUPS; p++) {
-      int d[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int s = p * 4 / GROUPS; s < (p + 1) * 4 / GROUPS; s++) mma_bytes(d, 0x01010101u, 0, 0x01010101u, 0, xs[b][2 * s], xs[b][2 * s + 1]);
-      sums[b][p] = d[0] * 256 + d[1];
-    }
+    power[b] = __shfl_sync(~0u, to_digits(f, g % 2, xs[b]), t * 8);
+    sum_groups(xs[b], sums[b]);
   }
   const int count = P::tiles() * P::SIDES;
 #pragma unroll 1
@@ -251,30 +194,40 @@ template <class P, bool NORM, class Number> __device__ __forceinline__ float mul
 #pragma unroll
             for (int h = 0; h < 2; h++) keep[p][h] = t == n ? d[p][2 * h] * 256 + d[p][2 * h + 1] : keep[p][h];
         }
+        // Each lane of a quad has a unit, and takes the sum of those before it from the lane that had them.
         const int unit = b * 4 + t;
-        if (unit < begin || unit > last) continue;
-        const u32 entries = at + (unit - begin) * UNIT + 1024 + g * 4;
+        const bool is_mine = unit >= begin && unit <= last;
+        const u32 entries = at + (is_mine ? unit - begin : 0) * UNIT + 1024 + g * 4;
+        float scale[GROUPS][2], minimum[GROUPS][2], number[GROUPS][2];
 #pragma unroll
         for (int p = 0; p < GROUPS; p++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             const u32 entry = lds32(entries + p * 64 + h * 32);
-            const float scale = half2f(entry) * (h ? power[b] * 0.0625f : power[b]);
-#if ZERO
-            acc[h] += scale * (float)(keep[p][h] - (int)(entry >> 16) * (h ? sums[b][p] * 16 : sums[b][p]));
-#else
-            acc[h] += scale * (float)keep[p][h] + half2f(entry >> 16) * power[b] * (float)sums[b][p];
-#endif
+            scale[p][h] = is_mine ? half2f(entry) * (h ? power[b] * 0.0625f : power[b]) : 0.f;
+            minimum[p][h] = !ZERO && is_mine ? half2f(entry >> 16) * power[b] : 0.f;
+            number[p][h] = (float)(ZERO ? keep[p][h] - (int)(entry >> 16) * (h ? sums[b][p] * 16 : sums[b][p]) : keep[p][h]);
           }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          if (b * 4 + n < begin || b * 4 + n >= end) continue;
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            float next = acc[h];
+#pragma unroll
+            for (int p = 0; p < GROUPS; p++) {
+              next = fmaf(scale[p][h], number[p][h], next);
+              if (!ZERO) next = fmaf(minimum[p][h], (float)sums[b][p], next);
+            }
+            acc[h] = __shfl_sync(~0u, next, (lane & 28) | n);
+          }
+        }
       }
       __syncwarp();
       if (lane == 0) arrive(warp.bars + 8 * (STAGES + warp.slot));
       if (++warp.slot == STAGES) { warp.slot = 0; warp.parity ^= 1; }
     }
-    const bool odd = t & 1;      // lanes of a quad split the rows and add up
-    float v = (odd ? acc[1] : acc[0]) + __shfl_xor_sync(~0u, odd ? acc[0] : acc[1], 1);
-    v += __shfl_xor_sync(~0u, v, 2);
-    if (!(t & 2)) partial[(warp.id * P::MOST * P::SIDES + tile) * 16 + g + 8 * odd] = v;
+    if (t < 2) partial[(warp.id * P::MOST * P::SIDES + tile) * 16 + g + 8 * t] = t ? acc[1] : acc[0];
   }
   return NORM ? 0.5f * sum_of_warp(squared) : 0.f;      // two lanes have each column
 }
@@ -282,14 +235,13 @@ template <class P, bool NORM, class Number> __device__ __forceinline__ float mul
 template <class P> __device__ __forceinline__ float total(const float* partial, int row, int side = 0) {
   float value = 0.f;
 #pragma unroll
-  for (int k = 0; k < WARPS; k++) value += partial[((k * P::MOST + row / 16) * P::SIDES + side) * 16 + row % 16];
-  return value;
-}
-__device__ __forceinline__ float one_over_rms(const float* squares, float eps) {
-  float q = 0.f;
+  for (int slice = 0; slice < P::SLICES; slice++) {
+    float sum = 0.f;
 #pragma unroll
-  for (int k = 0; k < WARPS; k++) q += squares[k];
-  return rsqrtf(q / (float)HIDDEN + eps);
+    for (int k = slice * WARPS / P::SLICES; k < (slice + 1) * WARPS / P::SLICES; k++) sum += partial[((k * P::MOST + row / 16) * P::SIDES + side) * 16 + row % 16];
+    value += sum;
+  }
+  return value;
 }
 __device__ __forceinline__ void give(u32* to, u16 value, u32 tag) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"((u32)value | tag) : "memory"); }
 
@@ -330,8 +282,8 @@ layer_tail(const char* w_o, const char* w_gate_up, const char* w_down, const cha
   if (warp.lane == 0) squares[0][warp.id] = squared;
   SYNC();
   if (tid < GateUp::tiles() * 16) {
-    const float scale = one_over_rms(squares[0], eps);
-    give(inner_at + GateUp::first_tile() * 16 + tid, to16(activation(scale * total<GateUp>(partial, tid, 0)) * scale * total<GateUp>(partial, tid, 1)), tag);
+    const float scale = one_over_rms(squares[0], HIDDEN, eps);
+    give(inner_at + GateUp::first_tile() * 16 + tid, to16(activation(__fmul_rn(scale, total<GateUp>(partial, tid, 0))) * __fmul_rn(scale, total<GateUp>(partial, tid, 1))), tag);
   }
   SYNC();
 
@@ -350,7 +302,7 @@ layer_tail(const char* w_o, const char* w_gate_up, const char* w_down, const cha
   SYNC();
   if (tid < Qkv::tiles() * 16) {
     const int column = Qkv::first_tile() * 16 + tid;
-    qkv[column] = to16(one_over_rms(squares[1], eps) * total<Qkv>(partial, tid) + (bias ? from16(bias[column]) : 0.f));
+    qkv[column] = to16(fmaf(one_over_rms(squares[1], HIDDEN, eps), total<Qkv>(partial, tid), bias ? from16(bias[column]) : 0.f));
   }
 #endif
 }

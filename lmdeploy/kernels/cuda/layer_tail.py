@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.cuda import nvrtc
+from lmdeploy.kernels.cuda.byte_gemm import slices
 from lmdeploy.kernels.cuda.driver import Kernel, is_shared
 from lmdeploy.kernels.cuda.epilogue import ACTIVATIONS
 from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, num_sms, tiling_table, unit_bytes
@@ -72,6 +74,8 @@ class Variant:
             "HEADS": shape.heads, "HIDDEN": shape.hidden, "INNER": shape.inner, "QKV": shape.qkv,
             "GROUP": self.group_size, "ZERO": int(self.has_zeros), "FP16": int(self.is_half),
             "ACT": ACTIVATIONS.index(self.activation), "NORM_OFFSET": f"{self.norm_offset}f",
+            "O_SLICES": slices(shape.hidden, self.blocks), "GATE_UP_SLICES": slices(2 * shape.inner, self.blocks),
+            "DOWN_SLICES": slices(shape.hidden, self.blocks), "QKV_SLICES": slices(shape.qkv, self.blocks),
             "WARPS": _WARPS, "FEEDERS": _FEEDERS, "FIRST_WORDS": _FIRST_WORDS, "STAGES": _STAGES,
             "UNITS_AT_ONCE": _UNITS_AT_ONCE, "IN_FLIGHT": _IN_FLIGHT, "AHEAD": _AHEAD, "PACE": _PACE, "BLOCKS": self.blocks,
         }  # fmt: skip
@@ -87,7 +91,10 @@ class Behind:
 
 
 def is_faster(x: Tensor, o: Weight, gate_up: Weight, down: Weight, behind: Behind | None) -> bool:
-    """Whether the kernel can take x [M, H] and these weights here, by measurements should, and is this stream's."""
+    """Whether the kernel can take x [M, H] and these weights here, by measurements should, and is this stream's.
+
+    Where bits must not depend on other tokens, it is: its products one by one would be byte_gemm's.
+    """
     if len(x) != 1 or not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return False
     if torch.cuda.get_device_capability(x.device) != (9, 0) or not x.is_contiguous():
@@ -97,7 +104,8 @@ def is_faster(x: Tensor, o: Weight, gate_up: Weight, down: Weight, behind: Behin
     is_one = all((w.group_size, w.has_zeros) == (o.group_size, o.has_zeros) for w in weights)
     chains = x.shape[1] == o.k and down.k == gate_up.n // 2 and down.n == o.n == gate_up.k and gate_up.n % 32 == 0
     chains = chains and (behind is None or behind.qkv.k == down.n)
-    if not (is_one and chains and _is_measured(shape)) or is_shared(x.device.index):
+    is_wanted = shape.fits(num_sms()) if invariant.applies(1) else _is_measured(shape)
+    if not (is_one and chains and is_wanted) or is_shared(x.device.index):
         return False
     return _exchange(x.device, shape) is not None
 

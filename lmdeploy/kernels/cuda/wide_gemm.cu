@@ -3,15 +3,15 @@
 // Compiled by NVRTC, one cubin per set of macros (functions that are not here are in common.cuh):
 //   GROUP 32..128  columns that share a scale              ZERO  1|0  an integer zero or a minimum per group
 //   FP16  0|1      activations bf16 or fp16                OUT32 0|1  y in float32
-//   NT    8..64    tokens of a tile, M rounded up          WT     tiles of 64 rows per warpgroup
-//   WN,WK          warpgroups along N and K                STAGES depth of the ring, in units of 128 columns
+//   WT             tiles of 64 rows per warpgroup          WN,WK  warpgroups along N and K
+//   STAGES         depth of the ring, in units of 128 columns
 //   CL             cluster size: K split over blocks that add up through distributed shared memory
 //   EPI   0 nothing, 1 add residual, 2 activation(gate) * up: rows 0..N/2 are gates, the others ups, y is [M,N/2]
 //   ACT   0 silu, 1 gelu, 2 gelu_tanh                      BIAS  0|1
 //
 // Weights are packed as skinny_gemm.cu describes: a u32 of nibbles is one lane's A fragment of one mma.m16n8k16 step. Warp w
 // of a warpgroup holds rows 16w .. 16w+15 of wgmma's A operand in just that form, so any four packed tiles of 16 rows make one
-// m64nNTk16. Tokens are its N side and x its B operand in shared memory, without swizzle: [step][half of k][token / 8] core
+// m64n64k16. Tokens are its N side and x its B operand in shared memory, without swizzle: [step][half of k][token / 8] core
 // matrices of 8 tokens x 16 bytes, columns permuted as the weights' are (step s = 2i + h, lane quad t, element j <-> column
 // 32i + 8t + 4h + j): 16 bytes of x become four 4-byte pieces of four core matrices.
 //
@@ -19,9 +19,11 @@
 // griddepcontrol.wait. Nibbles become exact integers minus their zero, times the group's scale, all in 16 bits: in
 // fp16 that is the weight's 16-bit copy to the bit, in bf16 the scale is rounded once more. The sums over WK and CL are taken
 // in fixed order; a row of y depends on its row of x alone.
+#define CONSUMERS (WN * WK * 128)              // threads that multiply
+#define TOTALS
+#define NT 64
 #include "common.cuh"
 
-#define CONSUMERS (WN * WK * 128)              // threads that multiply
 #define THREADS (CONSUMERS + 128)
 #define LOADER_REGS 96
 #define POOL (65536 / THREADS / 8 * 8 * THREADS)      // registers that a block starts with and shares out anew
@@ -51,15 +53,7 @@ __device__ __forceinline__ u32 mul2(u32 a, u32 b) { u32 r; asm("mul.rn." TY "x2 
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." TY "." TY " {" d_places "}, {" ab_places ", 1, 1, 1, 0;" \
       : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 __device__ __forceinline__ void wgmma(float (&d)[NREG], const u32 (&a)[4], u64 b) {
-#if NT == 8
-  WGMMA("8", P4, "%4,%5,%6,%7}, %8", C4(0));
-#elif NT == 16
-  WGMMA("16", P8, "%8,%9,%10,%11}, %12", C4(0), C4(4));
-#elif NT == 32
-  WGMMA("32", P16, "%16,%17,%18,%19}, %20", C16(0));
-#else
   WGMMA("64", P32, "%32,%33,%34,%35}, %36", C16(0), C16(16));
-#endif
 }
 #define WGMMA_WAIT(n) asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory")
 
@@ -248,7 +242,7 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
     WAIT_FOR_PREVIOUS();      // for the residual
 
     // Reduction over WK warpgroups and CL blocks in fixed order; red[WK][token][row] takes the rings' place.
-    const int pitch = capacity * 16 + 4, rows = EPI == 2 ? N / 2 : N, quads = cnt * 4;
+    const int pitch = capacity * 16 + 4, rows = EPI == 2 ? N / 2 : N;
     float* red = (float*)smem;
     CONSUMERS_SYNC();
 #pragma unroll
@@ -268,62 +262,7 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
 #else
     CONSUMERS_SYNC();
 #endif
-    auto total = [&](int tok, int row) {
-      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-      for (int c = 0; c < CL; c++)
-#pragma unroll
-        for (int k = 0; k < WK; k++) {
-          const float* from = red + (k * NT + tok) * pitch + row;
-#if CL > 1
-          const float4 p = ldcluster(smem_u32(from), c);
-#else
-          const float4 p = *(const float4*)from;
-#endif
-          v.x += p.x; v.y += p.y; v.z += p.z; v.w += p.w;
-        }
-      return v;
-    };
-    for (int e = crank * CONSUMERS + tid; e < quads * M; e += CL * CONSUMERS) {
-      const int tok = e / quads, local = (e - tok * quads) * 4, row = t0 * 16 + local;
-      if (row >= rows) continue;
-      const long long place = (long long)tok * ldy + row;
-      u32 res[2] = {0, 0};
-      if (EPI == 1 && vectors) asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(res[0]), "=r"(res[1]) : "l"(residual + place) : "memory");
-      const float4 sum = total(tok, local);
-      float v[4] = {sum.x, sum.y, sum.z, sum.w};
-      if (BIAS) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) if (row + i < rows) v[i] += from16(bias[row + i]);
-      }
-      if (EPI == 1) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (vectors) v[i] += from16((u16)(res[i >> 1] >> 16 * (i & 1)));
-          else if (row + i < rows) v[i] += from16(((const volatile u16*)residual)[place + i]);
-        }
-      }
-      if (EPI == 2) {
-        const float4 more = total(tok, cnt * 16 + local);
-        float up[4] = {more.x, more.y, more.z, more.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (BIAS && row + i < rows) up[i] += from16(bias[rows + row + i]);
-          v[i] = activation(v[i]) * up[i];
-        }
-      }
-      if (vectors) {
-        if (OUT32) *(float4*)((float*)y + place) = make_float4(v[0], v[1], v[2], v[3]);
-        else *(uint2*)((u16*)y + place) = make_uint2(pack16(v[0], v[1]), pack16(v[2], v[3]));
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (row + i >= rows) break;
-          if (OUT32) ((float*)y)[place + i] = v[i];
-          else ((u16*)y)[place + i] = (u16)pack16(v[i], 0.f);
-        }
-      }
-    }
+    store_totals(red, pitch, crank, t0, cnt, rows, M, ldy, vectors, nullptr, residual, bias, y);
 #if CL > 1
     CLUSTER_SYNC();
 #endif

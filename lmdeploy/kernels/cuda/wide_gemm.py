@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmdeploy.kernels.cuda import nvrtc
 from lmdeploy.kernels.cuda.driver import Kernel
-from lmdeploy.kernels.cuda.epilogue import Epilogue, prepare
+from lmdeploy.kernels.cuda.epilogue import Epilogue, has_quads, prepare
 from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, has_vectors, num_sms, tiling_table
 
-FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm; fewer it multiplies as well
+FIRST_TOKENS, MAX_TOKENS = 33, 64  # where it is faster than skinny_gemm
 _ARCH = "sm_90a"
-_TILES_PER_GROUP = 4  # of 16 rows that a warpgroup multiplies at once
-_MAX_SHARED_BYTES = 226 << 10  # of the 227 KiB, the barriers are static
-_FEW_TOKENS, _STAGES_OF_FEW, _GROUPS_OF_FEW = 16, 3, 5
+TILES_PER_GROUP = 4  # of 16 rows that a warpgroup multiplies at once
+MAX_SHARED_BYTES = 226 << 10  # of the 227 KiB, the barriers are static
 _RING_BYTES, _STAGES = 112_000, 4  # more were slower: the activations queue behind the weights
 # Registers that a thread has for accumulators and all else, by the warpgroups that multiply.
 _REGISTERS = {1: 240, 2: 200, 3: 136, 4: 96}
 _OTHER_REGISTERS = 60
 # Sizes of clusters, and the part of all SMs that they fill at once: 132, 66, 30 and 15 of them on an H100, as its driver says.
-_CLUSTERS = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.91}
+CLUSTERS = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.91}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Tiling:
     @property
     def capacity(self) -> int:
         """Tiles of 16 rows that a block's warps have accumulators for."""
-        return self.row_tiles * self.groups_n * _TILES_PER_GROUP
+        return self.row_tiles * self.groups_n * TILES_PER_GROUP
 
     @property
     def threads(self) -> int:
@@ -55,7 +54,6 @@ class Variant:
 
     group_size: int
     has_zeros: bool
-    tokens: int
     epilogue: Epilogue
     tiling: Tiling
 
@@ -63,9 +61,8 @@ class Variant:
         """What wide_gemm.cu is compiled with."""
         t = self.tiling
         return {
-            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "NT": self.tokens, "WT": t.row_tiles,
-            "WN": t.groups_n, "WK": t.groups_k, "STAGES": t.stages, "CL": t.cluster,
-            **self.epilogue.macros(),
+            "GROUP": self.group_size, "ZERO": int(self.has_zeros), "WT": t.row_tiles, "WN": t.groups_n,
+            "WK": t.groups_k, "STAGES": t.stages, "CL": t.cluster, **self.epilogue.macros(),
         }  # fmt: skip
 
 
@@ -86,61 +83,48 @@ def wide_gemm(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     tiling: Tiling | None = None,
-    tokens: int | None = None,
 ) -> Tensor:
     """x W^T + bias + residual, or activation(gate) * up of its halves: [M, K] -> [M, N] or [M, N / 2].
 
-    Rows of x and residual may be apart; `out` may be the residual. tokens: those of a tile, by default as few as hold M.
+    Rows of x and residual may be apart; `out` may be the residual.
     """
     m = len(x)
     epilogue, out, residual = prepare(x, w.n, bias, residual, activation, out_dtype, out)
-    variant = choose_variant(w, tokens or tokens_of(m), epilogue, tiling)
+    variant = choose_variant(w, epilogue, tiling)
     t = variant.tiling
     held = tiles_per_block(w.n, t, epilogue.is_gated)
-    is_aligned = out.shape[1] % 4 == 0 and all(
-        part.stride(0) % 4 == 0 and part.data_ptr() % (4 * part.element_size()) == 0
-        for part in (out, residual)
-        if part is not None
+    arguments = (
+        w.data,
+        x,
+        out,
+        residual,
+        bias,
+        m,
+        w.n,
+        w.k,
+        x.stride(0),
+        out.stride(0),
+        held,
+        int(has_quads(out, residual)),
     )
-    arguments = (w.data, x, out, residual, bias, m, w.n, w.k, x.stride(0), out.stride(0), held, int(is_aligned))
     _kernel(variant, held, w.unit_bytes)(t.row_blocks * t.cluster, arguments)
     return out
 
 
-def choose_variant(w: Weight, tokens: int, epilogue: Epilogue, tiling: Tiling | None = None) -> Variant:
-    """The compiled form for tiles of so many tokens."""
+def choose_variant(w: Weight, epilogue: Epilogue, tiling: Tiling | None = None) -> Variant:
+    """The compiled form."""
     if tiling is None:
         tiling = choose_tiling(w.n, w.k, w.unit_bytes, epilogue.is_gated)
-        tiling = spread_for(tokens, tiling, tiles_per_block(w.n, tiling, epilogue.is_gated), w.unit_bytes)
-    return Variant(w.group_size, w.has_zeros, tokens, epilogue, tiling)
-
-
-def spread_for(tokens: int, tiling: Tiling, held: int, unit_bytes: int) -> Tiling:
-    """The same, for few tokens with more warps, since expanding the weights is then all they do, and a deeper ring.
-
-    held: tiles of 16 rows of a block. No order of summation depends on these two.
-    """
-    if tokens > _FEW_TOKENS:
-        return tiling
-    slots = -(-held // _TILES_PER_GROUP)
-    row_tiles = -(-slots // max(tiling.groups_n, _GROUPS_OF_FEW // tiling.groups_k))
-    spread = replace(tiling, row_tiles=row_tiles, groups_n=-(-slots // row_tiles))
-    deeper = replace(spread, stages=max(tiling.stages, _STAGES_OF_FEW))
-    return deeper if shared_bytes(tokens, deeper, held, unit_bytes) <= _MAX_SHARED_BYTES else spread
-
-
-def tokens_of(m: int) -> int:
-    """Tokens of the tile that m tokens take."""
-    return next(size for size in (8, 16, 32, MAX_TOKENS) if m <= size)
+    return Variant(w.group_size, w.has_zeros, epilogue, tiling)
 
 
 @functools.cache
 def choose_tiling(n: int, k: int, unit_bytes: int, is_gated: bool) -> Tiling:
-    """The measured best for "NxK", with ":gated" for gates and ups, else a rule; whatever the number of tokens."""
+    """The measured best for "NxK", with ":gated" for gates and ups, else a rule."""
     found = tiling_table(f"wide_tilings_sm90_{num_sms()}").get(f"{n}x{k}{':gated' if is_gated else ''}")
     if found is not None:
         tiling = Tiling(*found)
-        if shared_bytes(MAX_TOKENS, tiling, tiles_per_block(n, tiling, is_gated), unit_bytes) <= _MAX_SHARED_BYTES:
+        if shared_bytes(tiling, tiles_per_block(n, tiling, is_gated), unit_bytes) <= MAX_SHARED_BYTES:
             return tiling
     return rule_tiling(n, k, unit_bytes, is_gated, num_sms())
 
@@ -153,7 +137,7 @@ def rule_tiling(n: int, k: int, unit_bytes: int, is_gated: bool, num_sms: int) -
 def cost(tiling: Tiling, k: int, num_sms: int) -> float:
     """About the microseconds of 64 tokens, less what all tilings have in common."""
     t = tiling
-    waves = -(-t.row_blocks // (int(num_sms * _CLUSTERS[t.cluster]) // t.cluster))
+    waves = -(-t.row_blocks // (int(num_sms * CLUSTERS[t.cluster]) // t.cluster))
     units = -(-(k // COLUMNS) // t.cluster)
     groups = t.groups_n * t.groups_k  # one's weights are made while another multiplies
     alone = 1.3 if groups == 1 else 1.12 if t.groups_n == 1 or t.groups_k > 1 else 1.05 if groups == 4 else 1.0
@@ -168,17 +152,17 @@ def tilings(n: int, k: int, unit_bytes: int, is_gated: bool, num_sms: int) -> It
         for row_tiles in (1, 2, 3, 4):
             if row_tiles * MAX_TOKENS // 2 + _OTHER_REGISTERS > _REGISTERS[groups_n * groups_k]:
                 continue
-            for cluster, part in _CLUSTERS.items():
+            for cluster, part in CLUSTERS.items():
                 if groups_k * cluster > units:
                     continue
-                capacity = row_tiles * groups_n * _TILES_PER_GROUP // sides
+                capacity = row_tiles * groups_n * TILES_PER_GROUP // sides
                 blocks = max(-(-tiles // capacity), min(tiles, max(1, int(num_sms * part) // cluster)))
                 blocks = -(-tiles // -(-tiles // blocks))  # as few as need not hold more
                 held = -(-tiles // blocks) * sides
                 stage_bytes = MAX_TOKENS * COLUMNS * 2 + held * unit_bytes
                 stages = max(groups_k + 1, min(_STAGES, _RING_BYTES // stage_bytes, -(-units // cluster)))
                 tiling = Tiling(row_tiles, groups_n, groups_k, stages, cluster, blocks)
-                if shared_bytes(MAX_TOKENS, tiling, held, unit_bytes) <= _MAX_SHARED_BYTES:
+                if shared_bytes(tiling, held, unit_bytes) <= MAX_SHARED_BYTES:
                     yield tiling
 
 
@@ -188,10 +172,10 @@ def tiles_per_block(n: int, tiling: Tiling, is_gated: bool) -> int:
     return 2 * -(-(tiles // 2) // tiling.row_blocks) if is_gated else -(-tiles // tiling.row_blocks)
 
 
-def shared_bytes(tokens: int, tiling: Tiling, held: int, unit_bytes: int) -> int:
+def shared_bytes(tiling: Tiling, held: int, unit_bytes: int) -> int:
     """Dynamic shared memory of a block that holds that many tiles: its rings, or what is added up in their place."""
-    rings = tiling.stages * (tokens * COLUMNS * 2 + held * unit_bytes)
-    return max(rings, tiling.groups_k * tokens * (held * 16 + 4) * 4)
+    rings = tiling.stages * (MAX_TOKENS * COLUMNS * 2 + held * unit_bytes)
+    return max(rings, tiling.groups_k * MAX_TOKENS * (held * 16 + 4) * 4)
 
 
 @functools.cache
@@ -201,7 +185,7 @@ def _kernel(variant: Variant, held: int, unit_bytes: int) -> Kernel:
         nvrtc.cubin("wide_gemm.cu", variant.macros(), _ARCH),
         "wide_gemm",
         threads=t.threads,
-        shared_bytes=shared_bytes(variant.tokens, t, held, unit_bytes),
+        shared_bytes=shared_bytes(t, held, unit_bytes),
         cluster=t.cluster,
         overlaps=True,
     )

@@ -25,13 +25,12 @@ NUM_CASES = 16
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
 @pytest.mark.parametrize(("is_half", "has_zeros", "group_size"), [(False, True, 128), (True, False, 32)])
-def test_variants_compile(tokens: int, is_half: bool, has_zeros: bool, group_size: int) -> None:
+def test_variants_compile(is_half: bool, has_zeros: bool, group_size: int) -> None:
     tilings = [Tiling(1, 2, 1, 4, 4, 32), Tiling(1, 1, 2, 3, 1, 128), Tiling(4, 2, 1, 2, 2, 64)]
     for epilogue, tiling in enumerate(tilings):
         end = Epilogue(is_half, epilogue == 0, epilogue, epilogue, epilogue != 1)
-        one = Variant(group_size, has_zeros, tokens, end, tiling)
+        one = Variant(group_size, has_zeros, end, tiling)
         assert nvrtc.cubin("wide_gemm.cu", one.macros(), "sm_90a")
 
 
@@ -45,7 +44,7 @@ def check_tiling(tiling: Tiling, n: int, k: int, unit_bytes: int, is_gated: bool
     assert tiling.cluster * tiling.groups_k <= k // 128
     assert tiling.stages > tiling.groups_k
     assert tiling.threads <= 640
-    assert wide_gemm.shared_bytes(64, tiling, held, unit_bytes) <= 226 << 10
+    assert wide_gemm.shared_bytes(tiling, held, unit_bytes) <= 226 << 10
 
 
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, LARGEST])
@@ -64,29 +63,6 @@ def test_the_tables_tilings_fit() -> None:
         shape, _, gated = name.partition(":")
         n, k = map(int, shape.split("x"))
         check_tiling(Tiling(*values), n, k, UNIT_BYTES, bool(gated))
-
-
-def test_few_tokens_have_more_warps_and_a_deeper_ring_where_there_is_room() -> None:
-    tiling = Tiling(4, 2, 1, 2, 2, 64)
-    few = Tiling(2, 4, 1, 3, 2, 64)
-    assert [wide_gemm.spread_for(tokens, tiling, 28, UNIT_BYTES) for tokens in (8, 16, 32, 64)] == [
-        few,
-        few,
-        tiling,
-        tiling,
-    ]
-    assert wide_gemm.spread_for(8, tiling, 80, UNIT_BYTES).stages == 2
-    for values in skinny_gemm.tiling_table("wide_tilings_sm90_132").values():
-        usual = Tiling(*values)
-        for held in range(1, usual.capacity + 1):
-            found = wide_gemm.spread_for(8, usual, held, UNIT_BYTES)
-            assert (found.cluster, found.groups_k, found.row_blocks) == (
-                usual.cluster,
-                usual.groups_k,
-                usual.row_blocks,
-            )
-            assert held <= found.capacity
-            assert found.threads <= 768
 
 
 def test_weights_and_tokens_elsewhere_are_declined() -> None:
@@ -114,9 +90,7 @@ class Case:
         kind = GATED if self.activation else int(self.has_residual)
         rest = (kind, ACTIVATIONS.index(self.activation or "silu"), self.has_bias)
         return [
-            wide_gemm.choose_variant(
-                w, wide_gemm.tokens_of(self.m), Epilogue(self.dtype == torch.float16, is_wide, *rest), self.tiling
-            )
+            wide_gemm.choose_variant(w, Epilogue(self.dtype == torch.float16, is_wide, *rest), self.tiling)
             for is_wide in (False, True)
         ]
 
@@ -182,24 +156,10 @@ def test_against_float64(number: int) -> None:
     ]
     assert torch.equal(*outs)
     alone = dict(more, residual=None if residual is None else residual[:1])
-    size = wide_gemm.tokens_of(m)  # one row of it, by the same variant
-    assert torch.equal(wide_gemm.wide_gemm(x[:1], w, out_dtype=torch.float32, tokens=size, **alone), outs[0][:1])
+    assert torch.equal(wide_gemm.wide_gemm(x[:1], w, out_dtype=torch.float32, **alone), outs[0][:1])
     copy = finish(x.double() @ skinny_gemm.dequantize(w, dtype).double().T)
     assert relative(outs[0], expected) <= 2 * relative(copy, expected) + 1e-5  # and some for sums in float32
     assert torch.equal(wide_gemm.wide_gemm(x, w, **more), outs[0].to(dtype))
-
-
-@pytest.mark.gpu
-@on_hopper
-def test_bits_do_not_depend_on_the_tile_of_tokens() -> None:
-    from benchmarks.skinny_gemm import make_weight
-
-    torch.manual_seed(0)
-    w, _ = make_weight(1536, 1536)
-    x = torch.randn(64, 1536, device="cuda").bfloat16()
-    whole = wide_gemm.wide_gemm(x, w, out_dtype=torch.float32)
-    for m in (1, 8, 11, 16, 30, 33):
-        assert torch.equal(wide_gemm.wide_gemm(x[:m], w, out_dtype=torch.float32), whole[:m])
 
 
 @pytest.mark.gpu
