@@ -247,22 +247,18 @@ class Engine:
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:
         plan = pending.plan
         outputs = self.scheduler.update(plan, pending.wait())
-        for output in outputs if pending.reports else ():
-            if output.finish_reason != "error":
-                pending.reports[output.request_id].add_to(output, self._states[output.request_id])
-        for output in [output for output in outputs if output.finish_reason is not None]:
+        for output in [output for output in outputs if output.finish_reason != "error"] if pending.reports else ():
+            pending.reports[output.request_id].add_to(output, self._states[output.request_id])
+        has_ended = len(self._states) > len(self.scheduler.running) + len(self.scheduler.waiting)
+        for output in [output for output in outputs if output.finish_reason is not None] if has_ended else ():
             state = self._states[output.request_id]
             if output.finish_reason == "error":
                 output.token_ids, output.error = [], _failure(state)
             self._forget(state)
         if self.times is not None:
             self.times.end_step(plan)
-        if plan.is_decode:  # each has a token, or an error in its place
-            return outputs
-        # An output without any of these says only that a part of a prompt has been computed.
-        return [
-            o for o in outputs if o.token_ids or o.finish_reason or o.logits is not None or o.hidden_states is not None
-        ]
+        # In a decode step each has a token, or an error in its place.
+        return outputs if plan.is_decode else [output for output in outputs if output.has_news]
 
     def _forget(self, state: RequestState) -> None:
         self._states.pop(state.request_id, None)

@@ -101,3 +101,8 @@ class RequestOutput(msgspec.Struct, array_like=True):
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it says more than that a part of a prompt has been computed."""
+        return bool(self.token_ids or self.finish_reason) or not (self.logits is None and self.hidden_states is None)

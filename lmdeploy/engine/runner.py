@@ -88,7 +88,6 @@ class Runner:
         if self._keeps_tokens:
             self.slots.forget(request_id)
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Enqueue the step; only PendingStep.wait waits for the device."""
         if self.graphs is not None:
@@ -96,6 +95,10 @@ class Runner:
 
             if (step := replay_step(self, self.graphs, plan)) is not None:
                 return step
+        return self._execute(plan)
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> PendingStep:
         batch = build_batch(plan, self.kv_cache, lambda states: self.slots.last_tokens_of(states), self.decode_buffers)
         logits = None
         if self._tapes is not None and plan.is_decode and not plan.states.wants_hidden_states:
