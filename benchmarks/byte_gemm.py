@@ -27,7 +27,7 @@ from lmdeploy.kernels.cuda.byte_gemm import byte_gemm
 from lmdeploy.kernels.cuda.epilogue import ACTIVATIONS
 from lmdeploy.kernels.reference.basic import gated_activation, rms_norm
 
-TOKENS = (1, 7, 16, 32, 64)
+TOKENS = (1, 7, 16, 24, 32, 64)
 
 
 def check(number: int) -> float:

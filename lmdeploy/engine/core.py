@@ -181,8 +181,7 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; None if it is not there (any more)."""
-        state = self._states.get(request_id)
-        if state is None:
+        if (state := self._states.get(request_id)) is None:
             return None
         self.scheduler.finish(state)
         self._forget(state)

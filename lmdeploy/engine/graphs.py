@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmdeploy import kernels
 from lmdeploy.engine.slots import ROW_INTS, Slots
+from lmdeploy.kernels.cuda.driver import copy_async
 from lmdeploy.kernels.reference.decode_inputs import DecodeInputs
 from lmdeploy.layers.context import ForwardContext, KVCache
 from lmdeploy.logging import get_logger
@@ -56,6 +57,7 @@ class DecodeGraphs:
         ]
         self._views = [staging.numpy() for staging in self._staging]
         self._turn = 0
+        self._stream = torch.cuda.current_stream() if is_pinned else None  # of the steps
         # Not the logits, which would take a hundred times as much beside those that graphs make and give back.
         self._hidden_states = torch.empty(max_batch_size, model.config.hidden_size, dtype=model.dtype, device=device)
         self._pool: Any = None
@@ -99,7 +101,11 @@ class DecodeGraphs:
 
     def replay(self, size: int, graph: Graph) -> Tensor:
         """Enqueue the step whose rows were staged last; its result, valid until the next replay."""
-        self._rows.copy_(self._staging[self._turn], non_blocking=True)  # all of them: a view takes longer than the rest
+        staging = self._staging[self._turn]  # all of it: a view takes longer than the rest
+        if self._stream is None:
+            self._rows.copy_(staging)
+        else:
+            copy_async(self._rows.data_ptr(), staging.data_ptr(), staging.nbytes, self._stream.cuda_stream)
         graph.replay()
         return graph.result
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class PendingStep:
     """
 
     plan: StepPlan
-    tokens: Tensor
+    tokens: Tensor | np.ndarray
     tokens_have_arrived: torch.cuda.Event | None
     reports: dict[str, Report]
 
@@ -132,6 +133,6 @@ class Runner:
 
         return tokens, make_reports(self.model, plan, hidden_states, raw_logits, tokens)
 
-    def to_host(self, tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    def to_host(self, tokens: Tensor) -> tuple[Tensor | np.ndarray, torch.cuda.Event | None]:
         """A copy that does not wait for the device, and the event after which it holds."""
         return (tokens, None) if self._host_tokens is None else self._host_tokens.copy(tokens)

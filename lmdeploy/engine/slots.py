@@ -73,7 +73,8 @@ class Slots:
         values[:, 1] = plan.starts + 1
         self._cohort, self._number, self._values = plan.states, plan.number, values
         rows[: len(values)] = values
-        rows[len(values) :] = (self.padding, 0, -1, 0, 1)
+        if len(values) < len(rows):
+            rows[len(values) :] = (self.padding, 0, -1, 0, 1)
 
     def _first_rows(self, plan: StepPlan) -> np.ndarray:
         """The rows [B, ROW_INTS] but for their lengths, of a step whose requests may be anywhere."""

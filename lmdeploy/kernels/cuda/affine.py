@@ -88,7 +88,7 @@ def linear(
 ) -> Tensor:
     """rms_norm(x) W^T + bias + residual, [M, K] -> [M, N]; the result may take the residual's place."""
     rest: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "out": residual}
-    if _has_fixed_bits(x, w):
+    if _is_for_bytes(x, w):
         norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
         return byte_gemm.byte_gemm(x, w.weight, **rest, **norm)
     if _is_wide(x, w):
@@ -120,7 +120,7 @@ def gated_mlp(
 ) -> Tensor:
     """down(activation(gate) * up) + residual with gate | up = gate_up(rms_norm(x)): [M, C] -> [M, C]."""
     norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_eps": norm_eps, "norm_offset": norm_offset}
-    if _has_fixed_bits(x, gate_up) and gate_up.n % 32 == 0:
+    if _is_for_bytes(x, gate_up) and gate_up.n % 32 == 0:
         hidden = byte_gemm.byte_gemm(x, gate_up.weight, activation=activation, **norm)
     elif _is_wide(x, gate_up) and gate_up.n % 32 == 0:
         x = dense.normalize(x, norm_weight, norm_eps, norm_offset)
@@ -171,9 +171,10 @@ def embed(ids: Tensor, w: PackedAffine, dtype: torch.dtype) -> Tensor:
     return (wide * scales[rows, :, None] + mins[rows, :, None]).flatten(-2).to(dtype)
 
 
-def _has_fixed_bits(x: Tensor, w: PackedAffine) -> bool:
-    """Whether sums must not depend on the number of tokens, and Hopper's kernel for that can take them."""
-    return invariant.applies(len(x)) and wide_gemm.supports(x, w.weight)
+def _is_for_bytes(x: Tensor, w: PackedAffine) -> bool:
+    """Whether Hopper's product of integers can, and should: it is the fastest, or bits must not depend on other tokens."""
+    is_wanted = invariant.applies(len(x)) or len(x) in byte_gemm.FASTEST_TOKENS
+    return is_wanted and wide_gemm.supports(x, w.weight)
 
 
 def _is_wide(x: Tensor, w: PackedAffine) -> bool:

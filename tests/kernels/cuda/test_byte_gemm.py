@@ -61,7 +61,9 @@ def test_slices_are_as_many_as_give_each_multiprocessor_work() -> None:
     assert [byte_gemm.slices(n, 132) for n in (0, 16, 1536, 2048, 4096, 6144, 8448, 28672)] == [8, 8, 8, 8, 4, 2, 1, 1]
 
 
-def test_layers_use_it_where_bits_must_not_depend_on_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_use_it_where_it_is_fastest_or_bits_must_not_depend_on_other_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = affine.PackedAffine(Weight(torch.zeros(1), 64, 256))
     x, asked = torch.zeros(40, 256, dtype=torch.bfloat16), []
     monkeypatch.setattr(wide_gemm, "supports", lambda x, w: True)
@@ -69,6 +71,8 @@ def test_layers_use_it_where_bits_must_not_depend_on_other_tokens(monkeypatch: p
     monkeypatch.setattr(byte_gemm, "byte_gemm", lambda x, w, **named: asked.append(len(x)) or x[:, : w.n])
     affine.linear(x, weight)
     assert not asked
+    affine.linear(x[:32], weight)  # where it is the fastest
+    assert asked.pop() == 32
     monkeypatch.setattr(invariant, "_is_on", True)
     affine.linear(x.repeat(3, 1), weight)
     affine.linear(x[:1], weight)
