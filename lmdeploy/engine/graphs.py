@@ -50,6 +50,7 @@ class DecodeGraphs:
         self._max_blocks = slots.tables.shape[1]
         self._inputs = DecodeInputs.empty(max_batch_size, self._max_blocks, device)
         self._rows = torch.zeros(max_batch_size, ROW_INTS, dtype=torch.int32, device=device)
+        self._cu_seqlens = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
         is_pinned = device.type == "cuda"
         self._staging = [
             torch.zeros(max_batch_size, ROW_INTS, dtype=torch.int32, device="cpu", pin_memory=is_pinned)
@@ -133,7 +134,7 @@ class DecodeGraphs:
         kernels.prepare_decode(rows, self._slots.last_tokens, self._slots.tables, self._kv_cache.block_size, inputs)
         ctx = ForwardContext(
             positions=inputs.positions,
-            cu_seqlens_q=torch.arange(size + 1, dtype=torch.int32, device=rows.device),
+            cu_seqlens_q=self._cu_seqlens[: size + 1],
             context_lens=inputs.context_lens,
             block_tables=inputs.block_tables,
             slot_mapping=inputs.slot_mapping,

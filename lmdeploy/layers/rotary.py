@@ -36,7 +36,7 @@ class Rotary:
         self.config = config
         self.interleaved = config.interleaved
         self._exponents = torch.arange(0, config.dim, 2, dtype=torch.float64, device="cpu") / config.dim
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables: Tensor | None = None  # cos and sin, [2, positions, R / 2]
 
     def tables(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """cos and sin of every token of the step, each [T, R / 2] float32; computed once per step."""
@@ -56,16 +56,16 @@ class Rotary:
 
     def reserve(self, num_positions: int, device: torch.device) -> None:
         """Make the table reach num_positions now, so that no later step has to move it."""
-        if self._tables and self._tables[0].shape[0] >= num_positions:
+        if self._tables is not None and self._tables.shape[1] >= num_positions:
             return
         positions = torch.arange(1 << max(num_positions - 1, 255).bit_length(), device=device)
-        self._tables = self.cos_sin(positions, positions)
+        self._tables = torch.stack(self.cos_sin(positions, positions))
 
     def _step_tables(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         self.reserve(max(ctx.context_lens_host, default=0), ctx.positions.device)
         assert self._tables is not None
-        cos, sin = self._tables
-        return cos[ctx.positions], sin[ctx.positions]
+        cos, sin = self._tables[:, ctx.positions]
+        return cos, sin
 
     def _frequencies(self) -> Tensor:
         """Angular frequencies, [R / 2] float64."""
