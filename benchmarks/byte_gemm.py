@@ -31,7 +31,10 @@ TOKENS = (1, 7, 16, 24, 32, 64)
 
 
 def check(number: int) -> float:
-    """One random case, between poison, and some of its rows alone; its relative error. Raises AssertionError on a wrong one."""
+    """One random case, between poison, and some of its rows alone. Raises AssertionError on a wrong one.
+
+    Returns the largest error beside the root mean square of what is expected.
+    """
     draw = random.Random(number)
     torch.manual_seed(number)
     dtype, group = draw.choice((torch.bfloat16, torch.float16)), draw.choice((128, 128, 64, 32))
@@ -64,11 +67,11 @@ def check(number: int) -> float:
     whole = run(slice(None))
     for rows in (slice(None), slice(0, 1), slice(len(x) // 3, len(x) // 2 + 1)):
         assert torch.equal(run(rows), whole[rows]), f"other bits for rows {rows} of {case}"
-    error = ((whole.double() - expected).norm() / expected.norm()).item()
-    assert error < 1e-2, f"error {error} in {case}"
+    error = ((whole.double() - expected).abs() - 2.0**-8 * expected.abs()).max() / expected.square().mean().sqrt()
+    assert error < 2e-2, f"error {error} in {case}"
     x[0, 5] = float("nan")
     assert bool(run(slice(0, 1)).isnan().all()), f"no NaN in {case}"
-    return error
+    return error.item()
 
 
 class Layers:

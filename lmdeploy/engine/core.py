@@ -230,10 +230,10 @@ class Engine:
         """End every request and free the memory; the engine cannot be used again."""
         outputs = self.scheduler.abort_all()
         self._states.clear()
+        if self._stream is not None:
+            self._stream.synchronize()  # with copies to memory that the host is about to free
         self._in_flight.clear()
-        gc.unfreeze()  # what the start on a GPU froze
-        if "kv_cache" not in self.asleep:
-            del self.runner
+        vars(self).pop("runner", None)  # which is gone while the cache sleeps
         self.resting_model = None
         gc.collect()
         if self._stream is not None:

@@ -21,13 +21,14 @@
 #define THREADS (CONSUMERS + 128)
 #define LOADER_REGS 32
 #define POOL (65536 / THREADS / 8 * 8 * THREADS)      // registers that a block starts with and shares out anew
-#define CONSUMER_REGS (CONSUMERS == 128 ? 240 : (POOL - 128 * LOADER_REGS) / CONSUMERS / 8 * 8)
+#define CONSUMER_REGS ((POOL - 128 * LOADER_REGS) / CONSUMERS / 8 * 8)
 #define UNIT (1024 + 64 * GROUPS)
 #define XU (NT * 256 + NT * 8 * GROUPS)        // bytes of 128 columns of x
 #define XS ((XU + 1023) / 1024 * 1024)         // and of their place: what is swizzled has to be aligned
 #define NREG NT                                // integers of a tile of 64 rows
 #define NACC (NT / 2)                          // sums of it: 2 rows of NT / 4 tokens
 #define SLICES (CL * WK)
+static_assert(STAGES % WK == 0, "a stage is one warpgroup's");
 #define CONSUMERS_SYNC() asm volatile("bar.sync 1, %0;" :: "n"(CONSUMERS) : "memory")
 #define WGMMA_WAIT() asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory")
 
@@ -164,11 +165,11 @@ byte_gemm(const char* __restrict__ w, const char* x, const float* scales, void* 
           const int of_x = (int)more.y, n0 = d[4 * b] * 256 + d[4 * b + 1], n1 = d[4 * b + 2] * 256 + d[4 * b + 3];
           float &v0 = acc[r][2 * b], &v1 = acc[r][2 * b + 1];
 #if ZERO
-          v0 = fmaf(s0, power * (float)(n0 - (int)(e0 >> 16) * of_x), v0);
-          v1 = fmaf(s1, power * (float)(n1 - (int)(e1 >> 16) * (of_x * 16)), v1);
+          v0 = fmaf(s0 * power, (float)(n0 - (int)(e0 >> 16) * of_x), v0);
+          v1 = fmaf(s1 * power, (float)(n1 - (int)(e1 >> 16) * (of_x * 16)), v1);
 #else
-          v0 = fmaf(half2f(e0 >> 16), power * (float)of_x, fmaf(s0, power * (float)n0, v0));
-          v1 = fmaf(half2f(e1 >> 16), power * (float)of_x, fmaf(s1, power * (float)n1, v1));
+          v0 = fmaf(half2f(e0 >> 16) * power, (float)of_x, fmaf(s0 * power, (float)n0, v0));
+          v1 = fmaf(half2f(e1 >> 16) * power, (float)of_x, fmaf(s1 * power, (float)n1, v1));
 #endif
         }
       }

@@ -50,9 +50,10 @@ class Digits:
 
     def macros(self) -> dict[str, object]:
         """What digits.cu is compiled with."""
+        norm = {"NORM": int(self.norm_offset is not None), "NORM_OFFSET": f"{self.norm_offset or 0.0}f"}
         return {
             "K": self.k, "GROUP": self.group_size, "NT": self.tokens, "FP16": int(self.is_half), "ACT": 0,
-            "NORM": int(self.norm_offset is not None), "NORM_OFFSET": f"{self.norm_offset or 0.0}f",
+            "UNITS_AT_ONCE": _UNITS_AT_ONCE, **norm,
         }  # fmt: skip
 
 

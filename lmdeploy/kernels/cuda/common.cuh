@@ -122,7 +122,7 @@ __device__ __forceinline__ void mma_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
 __device__ __forceinline__ float larger(float a, float b) { float r; asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(fabsf(b))); return r; }
 // Of a unit this lane's columns, 4 times 8 in a row.
-__device__ __forceinline__ void load(const u16* x, u32 /* tag */, bool has, float (&f)[4][8]) {
+__device__ __forceinline__ void load(const u16* x, bool has, float (&f)[4][8]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const uint4 v = has ? ldg128(x + i * 32) : make_uint4(0, 0, 0, 0);
@@ -148,7 +148,8 @@ __device__ __forceinline__ float times_norm(const u16* gamma, bool has, float (&
   return squared;
 }
 #endif
-// Of four units, two digits of each in lanes 2u and 2u + 1 of 8: one digit of this lane's columns; the power of two that they are multiples of, NaN if some number of the unit is not finite.
+// Of four units that 8 lanes each have: one digit of this lane's columns, the upper one in even rows g of lanes. Returns the power
+// of two that the unit's are multiples of, NaN if some number of it is not finite.
 __device__ __forceinline__ float to_digits(const float (&f)[4][8], bool is_lower, u32 (&out)[8]) {
   float most = 0.f;
 #pragma unroll

@@ -6,8 +6,7 @@
 //   K              columns, a multiple of 128              GROUP 32..128  columns that share a scale of the weight
 //   NT    8..64    tokens, those from M on are zeros       NORM  0|1      scales[token] becomes 1 / rms(x)
 //   FP16  0|1      activations bf16 or fp16                NORM_OFFSET    added to the norm's weights
-//
-// With a norm a block has a token, an eighth of its columns a warp; else a warp has four units of a token.
+//   UNITS_AT_ONCE  of a token, that a warp without a norm has; with one a block has a token, a warp an eighth of its columns
 #define DIGITS
 #include "common.cuh"
 
@@ -21,7 +20,7 @@ digits(const u16* x, char* out, float* scales, const u16* __restrict__ gamma, fl
 #if NORM
   const int first = warp * UNITS / EIGHTHS, units = (warp + 1) * UNITS / EIGHTHS - first;
 #else
-  const int first = (blockIdx.x / NT * EIGHTHS + warp) * 4, units = min(4, UNITS - first);
+  const int first = (blockIdx.x / NT * EIGHTHS + warp) * UNITS_AT_ONCE, units = min(UNITS_AT_ONCE, UNITS - first);
 #endif
   NEXT_MAY_START();
   WAIT_FOR_PREVIOUS();
@@ -31,7 +30,7 @@ digits(const u16* x, char* out, float* scales, const u16* __restrict__ gamma, fl
     float f[4][8];
     u32 words[8];
     int sums[GROUPS];
-    load(x + (long long)token * ldx + column, 0, unit < units && token < M, f);
+    load(x + (long long)token * ldx + column, unit < units && token < M, f);
     if (NORM) squared += times_norm(gamma + column, unit < units, f);
     const float power = __shfl_sync(~0u, to_digits(f, g % 2, words), t * 8);
     sum_groups(words, sums);

@@ -30,6 +30,7 @@
 #define DIGITS
 #include "common.cuh"
 
+static_assert(WARPS == EIGHTHS, "a warp has an eighth of K");
 #define FED (WARPS / FEEDERS)                  // warps that one of them feeds
 #define THREADS (WARPS * 32)                   // of those that multiply
 #define SYNC() asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory")
@@ -145,6 +146,7 @@ __device__ __forceinline__ void load(const u32* x, u32 tag, bool has, float (&f)
     }
   } while (__any_sync(~0u, is_late));
 }
+__device__ __forceinline__ void load(const u16* x, u32, bool has, float (&f)[4][8]) { load(x, has, f); }
 // Sums over this warp's columns go to partial[warp][tile][side][16]. gamma: a norm's weights, else null. Returns, in all lanes,
 // the sum of the squares of this warp's columns of x, if there is a norm.
 template <class P, bool NORM, class Number> __device__ __forceinline__ float multiply(Warp& warp, const Number* x, u32 tag, const u16* gamma, float* partial) {

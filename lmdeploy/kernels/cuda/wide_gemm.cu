@@ -35,7 +35,6 @@
 #define NREG (NT / 2)                          // accumulators of a tile of 64 rows
 #define PLANE (NT / 8 * 128)                   // bytes of 8 columns of x: a column of core matrices
 #define TASKS (NT / 8)                         // loads of 16 bytes per lane and unit of x
-#define BATCH (TASKS < 8 ? TASKS : 8)
 
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" :: "r"(a), "r"(v) : "memory"); }
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) { u32 r; asm("mul.rn." TY "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
@@ -128,51 +127,42 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
   NEXT_MAY_START();
   __syncthreads();
 
-  if (tid >= CONSUMERS) {      // loads; a task is 8 tokens x 32 columns of x
+  if (tid >= CONSUMERS) {      // loads; a task is 8 tokens x 32 columns of x, a warp has 8 of a unit
 #if MOVES_REGS
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(LOADER_REGS));
 #endif
     WAIT_FOR_PREVIOUS();
     const int p = warp & 3;
-    constexpr int PARTS = TASKS / BATCH;
     const u16* xp = x + (long long)k0 * 128 + t * 8;
-    auto load = [&](int item, uint4 (&v)[BATCH]) {
-      const int part = item % PARTS;
+    auto load = [&](int unit, uint4 (&v)[TASKS]) {
 #pragma unroll
-      for (int b = 0; b < BATCH; b++) {
-        const int task = (part * BATCH + b) * 4 + p, tok = (task >> 2) * 8 + g;
-        v[b] = tok < M ? ldg128(xp + (long long)tok * ldx + (item / PARTS) * 128 + (task & 3) * 32) : make_uint4(0, 0, 0, 0);
+      for (int b = 0; b < TASKS; b++) {
+        const int tok = b * 8 + g;
+        v[b] = tok < M ? ldg128(xp + (long long)tok * ldx + unit * 128 + p * 32) : make_uint4(0, 0, 0, 0);
       }
     };
     int s = 0; u32 parity = 1;
-    auto store = [&](int item, const uint4 (&v)[BATCH]) {
-      const int part = item % PARTS;
-      if (part == 0) {
-        wait(empty + 8 * s, parity);
-        if (tid == CONSUMERS && item >= STAGES * PARTS) fetch(s);
-      }
+    auto store = [&](int unit, const uint4 (&v)[TASKS]) {
+      wait(empty + 8 * s, parity);
+      if (tid == CONSUMERS && unit >= STAGES) fetch(s);
       const u32 base = xring + s * XU + lane * 4;
 #pragma unroll
-      for (int b = 0; b < BATCH; b++) {
-        const int task = (part * BATCH + b) * 4 + p;
-        const u32 at = base + (task & 3) * 4 * PLANE + (task >> 2) * 128;
+      for (int b = 0; b < TASKS; b++) {
+        const u32 at = base + p * 4 * PLANE + b * 128;
         sts32(at, v[b].x); sts32(at + PLANE, v[b].y); sts32(at + 2 * PLANE, v[b].z); sts32(at + 3 * PLANE, v[b].w);
       }
-      if (part == PARTS - 1) {
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
-        if (lane == 0) arrive(xfull + 8 * s);
-        if (++s == STAGES) { s = 0; parity ^= 1; }
-      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncwarp();
+      if (lane == 0) arrive(xfull + 8 * s);
+      if (++s == STAGES) { s = 0; parity ^= 1; }
     };
-    uint4 v0[BATCH], v1[BATCH];
-    const int items = nk * PARTS;
-    if (items > 0) load(0, v0);
-    for (int item = 0; item < items; item += 2) {
-      if (item + 1 < items) load(item + 1, v1);
-      store(item, v0);
-      if (item + 2 < items) load(item + 2, v0);
-      if (item + 1 < items) store(item + 1, v1);
+    uint4 v0[TASKS], v1[TASKS];
+    if (nk > 0) load(0, v0);
+    for (int unit = 0; unit < nk; unit += 2) {
+      if (unit + 1 < nk) load(unit + 1, v1);
+      store(unit, v0);
+      if (unit + 2 < nk) load(unit + 2, v0);
+      if (unit + 1 < nk) store(unit + 1, v1);
     }
 #if CL > 1
     CLUSTER_SYNC();

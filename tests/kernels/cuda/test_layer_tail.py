@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lmdeploy.kernels import invariant
 from lmdeploy.kernels.cuda import affine, layer_tail, nvrtc
 from lmdeploy.kernels.cuda.layer_tail import Behind, Shape
 from lmdeploy.kernels.cuda.skinny_gemm import Weight, tiling_table
@@ -15,6 +16,12 @@ from tests.kernels.cuda.outcomes import Outcomes, error_of, run_checks
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="there is no Hopper GPU")
 NUM_CHECKS = 16
+
+
+class OneToken(torch.Tensor):
+    """Looks as if it lay on a GPU."""
+
+    is_cuda = True
 
 
 @pytest.fixture
@@ -68,6 +75,19 @@ def test_only_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch
     assert not is_measured(Shape(4096, 4096, 12288))  # not in the table
     for name in tiling_table("layer_tail_sm90_132"):
         assert Shape(*map(int, name.split("x"))).fits(132)
+
+
+def test_where_bits_must_not_depend_on_other_tokens_any_shape_that_fits_has_it(
+    stream: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(layer_tail, "is_shared", lambda index: False)
+    x = OneToken(torch.zeros(1, 1024, dtype=torch.bfloat16))
+    o, gate_up, down = (Weight(torch.empty(0), n, k) for n, k in ((2048, 1024), (8192, 2048), (2048, 4096)))
+    assert not layer_tail.is_faster(x, o, gate_up, down, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(invariant, "_is_on", True)
+    assert layer_tail.is_faster(x, o, gate_up, down, None)  # type: ignore[arg-type]
+    assert not layer_tail.is_faster(x, o, gate_up, Weight(torch.empty(0), 2048, 4096, 4, 64), None)  # type: ignore[arg-type]
 
 
 def test_one_stream_has_the_kernel_until_it_is_given_up(stream: SimpleNamespace) -> None:
