@@ -99,7 +99,7 @@ def test_against_float64_and_rows_alone(number: int, outcomes: Outcomes) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("activation", "heads", "hidden", "inner", "qkv"),
-    # Slices of o, gates and ups, down, and qkv: 8 2 8 8, 4 1 4 8 with several sets of units a warp, 2 1 2 2 with uneven numbers.
+    # Slices of o, gates and ups, down, and qkv: 8 2 8 8; 4 1 4 8, several sets of units a warp; 2 1 2 2, uneven ones.
     [("silu", 1024, 1152, 2304, 1040), ("gelu", 4224, 4096, 9216, 1536), ("gelu_tanh", 2048, 4224, 4608, 6160)],
 )
 def test_a_token_has_the_bits_of_the_launch_behind_attention(
