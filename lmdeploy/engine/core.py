@@ -228,12 +228,10 @@ class Engine:
 
     def close(self) -> list[RequestOutput]:
         """End every request and free the memory; the engine cannot be used again."""
-        outputs = self.scheduler.abort_all()
-        self._states.clear()
-        if self._stream is not None:
-            self._stream.synchronize()  # with copies to memory that the host is about to free
-        self._in_flight.clear()
-        vars(self).pop("runner", None)  # which is gone while the cache sleeps
+        outputs = self.abort_all()
+        gc.unfreeze()  # what the start on a GPU froze
+        if "kv_cache" not in self.asleep:
+            del self.runner
         self.resting_model = None
         gc.collect()
         if self._stream is not None:
@@ -246,14 +244,15 @@ class Engine:
     def _finish_step(self, pending: PendingStep) -> list[RequestOutput]:
         plan = pending.plan
         outputs = self.scheduler.update(plan, pending.wait())
-        for output in [output for output in outputs if output.finish_reason != "error"] if pending.reports else ():
-            pending.reports[output.request_id].add_to(output, self._states[output.request_id])
-        has_ended = len(self._states) > len(self.scheduler.running) + len(self.scheduler.waiting)
-        for output in [output for output in outputs if output.finish_reason is not None] if has_ended else ():
-            state = self._states[output.request_id]
-            if output.finish_reason == "error":
-                output.token_ids, output.error = [], _failure(state)
-            self._forget(state)
+        for output in outputs if pending.reports else ():
+            if output.finish_reason != "error":
+                pending.reports[output.request_id].add_to(output, self._states[output.request_id])
+        if len(self._states) > len(self.scheduler.running) + len(self.scheduler.waiting):  # some have ended
+            for output in [output for output in outputs if output.finish_reason is not None]:
+                state = self._states[output.request_id]
+                if output.finish_reason == "error":
+                    output.token_ids, output.error = [], _failure(state)
+                self._forget(state)
         if self.times is not None:
             self.times.end_step(plan)
         # In a decode step each has a token, or an error in its place.

@@ -83,8 +83,6 @@ def take_stream(device: torch.device) -> torch.cuda.Stream:
 def give_back(stream: torch.cuda.Stream) -> None:
     """Free what an engine leaves, and let the next one have its stream. To be called when its graphs are gone."""
     layer_tail.give_up(stream)
-    gc.unfreeze()  # what the start froze
-    gc.collect()
     torch.cuda.set_stream(torch.cuda.default_stream(stream.device))
     free_cached()
     _free_streams[stream.device].append(stream)
