@@ -29,7 +29,6 @@
 #define NACC (NT / 2)                          // sums of it: 2 rows of NT / 4 tokens
 #define SLICES (CL * WK)
 static_assert(STAGES % WK == 0, "a stage is one warpgroup's");
-#define CONSUMERS_SYNC() asm volatile("bar.sync 1, %0;" :: "n"(CONSUMERS) : "memory")
 #define WGMMA_WAIT() asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory")
 
 // d[64 x 2 NT] = or += A[64 x 32] B[32 x 2 NT]: A in registers, B by its descriptor.
@@ -62,11 +61,8 @@ byte_gemm(const char* __restrict__ w, const char* x, const float* scales, void* 
   extern __shared__ __align__(1024) char smem[];
   __shared__ __align__(8) u64 bars[2 * STAGES];
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
-  const int crank = CL > 1 ? blockIdx.x % CL : 0, rb = blockIdx.x / CL, RB = gridDim.x / CL;
-  // A block's tiles: t0 .. t0 + cnt, with gates and ups (EPI 2) cnt pairs; in a stage the ups lie behind the gates.
-  const int tiles = (N + 15) >> 4, TILES = EPI == 2 ? tiles / 2 : tiles;
-  const int t0 = (int)((long long)rb * TILES / RB), cnt = (int)((long long)(rb + 1) * TILES / RB) - t0;
-  const int flat = EPI == 2 ? 2 * cnt : cnt, KU = K >> 7;
+  const Share mine = share_of(N);
+  const int KU = K >> 7;
   auto first_unit = [&](int slice) { return slice * KU / SLICES; };
   const u32 xring = smem_u32(smem), wring = xring + STAGES * XS, stage_bytes = capacity * UNIT;
   const u32 full = smem_u32(bars), empty = full + 8 * STAGES;
@@ -81,15 +77,15 @@ byte_gemm(const char* __restrict__ w, const char* x, const float* scales, void* 
     if (tid == CONSUMERS) {
       const u64 once = evict_first(), again = evict_last();
       auto unit_of = [&](int n) {      // -1: the slice of that turn has no more
-        const int slice = crank * WK + n % WK, unit = first_unit(slice) + n / WK;
+        const int slice = mine.rank * WK + n % WK, unit = first_unit(slice) + n / WK;
         return unit < first_unit(slice + 1) ? unit : -1;
       };
       auto fetch = [&](int unit, int s) {
-        const char* src = w + ((long long)unit * tiles + t0) * UNIT;
+        const char* src = w + ((long long)unit * mine.tiles + mine.first) * UNIT;
         const u32 dst = wring + s * stage_bytes;
-        expect(full + 8 * s, flat * UNIT);
-        bulk_copy(dst, src, cnt * UNIT, full + 8 * s, once);
-        if (EPI == 2) bulk_copy(dst + cnt * UNIT, src + (long long)TILES * UNIT, cnt * UNIT, full + 8 * s, once);
+        expect(full + 8 * s, mine.flat * UNIT);
+        bulk_copy(dst, src, mine.count * UNIT, full + 8 * s, once);
+        if (EPI == 2) bulk_copy(dst + mine.count * UNIT, src + (long long)mine.pairs * UNIT, mine.count * UNIT, full + 8 * s, once);
       };
       const int turns = (KU + SLICES - 1) / SLICES * WK;
       for (int n = 0; n < STAGES && n < turns; n++) if (unit_of(n) >= 0) fetch(unit_of(n), n);
@@ -115,11 +111,11 @@ byte_gemm(const char* __restrict__ w, const char* x, const float* scales, void* 
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(CONSUMER_REGS));      // multiplies
   NEXT_MAY_START();
-  const int wg = warp >> 2, wk = wg % WK, wn = wg / WK, slice = crank * WK + wk;
+  const int wg = warp >> 2, wk = wg % WK, wn = wg / WK, slice = mine.rank * WK + wk;
   const int k0 = first_unit(slice), nk = first_unit(slice + 1) - k0;
   u32 tile[WT];      // beyond the last tile: that one again, for nothing
 #pragma unroll
-  for (int r = 0; r < WT; r++) tile[r] = min((wn * WT + r) * 4 + (warp & 3), flat - 1) * UNIT;
+  for (int r = 0; r < WT; r++) tile[r] = min((wn * WT + r) * 4 + (warp & 3), mine.flat - 1) * UNIT;
   float acc[WT][NACC], sum[WT][NACC];      // of this eighth of K, of those before it
 #pragma unroll
   for (int r = 0; r < WT; r++)
@@ -189,20 +185,12 @@ byte_gemm(const char* __restrict__ w, const char* x, const float* scales, void* 
 #pragma unroll
   for (int r = 0; r < WT; r++) {
     const int f = (wn * WT + r) * 4 + (warp & 3);
-    if (f >= flat) continue;
+    if (f >= mine.flat) continue;
 #pragma unroll
     for (int b = 0; b < NT / 4; b++) {
       float* to = red + (wk * NT + 4 * b + t) * pitch + f * 16 + g;
       to[0] = sum[r][2 * b]; to[8] = sum[r][2 * b + 1];
     }
   }
-#if CL > 1
-  CLUSTER_SYNC();
-#else
-  CONSUMERS_SYNC();
-#endif
-  store_totals(red, pitch, crank, t0, cnt, rows, M, ldy, vectors, scales, residual, bias, y);
-#if CL > 1
-  CLUSTER_SYNC();
-#endif
+  store_totals(red, pitch, mine, rows, M, ldy, vectors, scales, residual, bias, y);
 }

@@ -17,9 +17,7 @@ from lmdeploy.kernels.cuda.epilogue import Epilogue, has_quads, prepare
 from lmdeploy.kernels.cuda.skinny_gemm import COLUMNS, Weight, num_sms, unit_bytes
 from lmdeploy.kernels.cuda.wide_gemm import CLUSTERS, MAX_SHARED_BYTES, TILES_PER_GROUP, Tiling, tiles_per_block
 
-FASTEST_TOKENS = range(
-    17, 33
-)  # by 6 % to skinny_gemm; fewer and more have faster kernels, whose bits depend on how many
+FASTEST_TOKENS = range(17, 33)  # by 6 % to skinny_gemm; for fewer and for more there are faster kernels
 _ARCH = "sm_90a"
 _TOKENS = (8, 16, 32, 64)
 _WARPGROUPS, _MAX_ROW_TILES, _MAX_STAGES = 2, 2, 8
@@ -140,10 +138,9 @@ def choose_tiling(n: int, tokens: int, group_size: int, is_gated: bool, num_sms:
 
 
 def shared_bytes(tokens: int, tiling: Tiling, held: int, group_size: int) -> int:
-    """Dynamic shared memory of a block that holds that many tiles: its rings, or what is added up in their place."""
+    """That of a block; what is swizzled is aligned to 1,024 bytes."""
     unit = Digits(0, group_size, tokens, False, None).unit_bytes
-    rings = tiling.stages * (-(-unit // 1024) * 1024 + held * unit_bytes(group_size))
-    return max(rings, tiling.groups_k * tokens * (held * 16 + 4) * 4)
+    return tiling.shared_bytes(tokens, held, -(-unit // 1024) * 1024 + held * unit_bytes(group_size))
 
 
 @functools.cache

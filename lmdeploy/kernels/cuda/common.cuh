@@ -261,7 +261,19 @@ __device__ __forceinline__ void store_chunk(void* y, const u16* __restrict__ bia
   }
 }
 #endif
-#ifdef TOTALS      // CL blocks of CONSUMERS threads have red[WK][NT tokens][row], each for a part of K: y is their sum
+#ifdef TOTALS      // CL blocks of CONSUMERS threads that multiply have some rows of W, each for a part of K; y is the sum of theirs
+#define CONSUMERS_SYNC() asm volatile("bar.sync 1, %0;" :: "n"(CONSUMERS) : "memory")
+// tiles: of 16 rows, of W. pairs: of them, with gates and ups (EPI 2). This block's: count from first on, in a stage so many as
+// flat, the ups behind the gates.
+struct Share { int rank, tiles, pairs, first, count, flat; };
+__device__ __forceinline__ Share share_of(int N) {
+  Share s;
+  s.rank = CL > 1 ? blockIdx.x % CL : 0;
+  const int block = blockIdx.x / CL, blocks = gridDim.x / CL;
+  s.tiles = (N + 15) >> 4; s.pairs = EPI == 2 ? s.tiles / 2 : s.tiles;
+  s.first = (int)((long long)block * s.pairs / blocks); s.count = (int)((long long)(block + 1) * s.pairs / blocks) - s.first;
+  s.flat = EPI == 2 ? 2 * s.count : s.count;
+  return s; }
 __device__ __forceinline__ float4 total(const float* red, int pitch, int token, int row) {
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -278,12 +290,18 @@ __device__ __forceinline__ float4 total(const float* red, int pitch, int token, 
     }
   return v;
 }
-// scales: of each token, or null. vectors: rows of y and residual are aligned for four elements at once.
-__device__ __forceinline__ void store_totals(const float* red, int pitch, int crank, int t0, int cnt, int rows, int M, int ldy, int vectors,
+// By all who multiply, when they have written red[WK][NT tokens][pitch]. rows: of y. scales: of each token, or null. vectors: rows of
+// y and residual are aligned for four elements at once.
+__device__ __forceinline__ void store_totals(const float* red, int pitch, const Share& mine, int rows, int M, int ldy, int vectors,
                                              const float* scales, const u16* residual, const u16* bias, void* y) {
-  const int quads = cnt * 4;
-  for (int e = crank * CONSUMERS + threadIdx.x; e < quads * M; e += CL * CONSUMERS) {
-    const int tok = e / quads, local = (e - tok * quads) * 4, row = t0 * 16 + local;
+#if CL > 1
+  CLUSTER_SYNC();
+#else
+  CONSUMERS_SYNC();
+#endif
+  const int quads = mine.count * 4;
+  for (int e = mine.rank * CONSUMERS + threadIdx.x; e < quads * M; e += CL * CONSUMERS) {
+    const int tok = e / quads, local = (e - tok * quads) * 4, row = mine.first * 16 + local;
     if (row >= rows) continue;
     const long long place = (long long)tok * ldy + row;
     const float scale = scales ? __uint_as_float(ldg32((const u16*)(scales + tok))) : 1.f;
@@ -303,7 +321,7 @@ __device__ __forceinline__ void store_totals(const float* red, int pitch, int cr
       }
     }
     if (EPI == 2) {
-      const float4 more = total(red, pitch, tok, cnt * 16 + local);
+      const float4 more = total(red, pitch, tok, mine.count * 16 + local);
       float up[4] = {more.x, more.y, more.z, more.w};
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -324,5 +342,8 @@ __device__ __forceinline__ void store_totals(const float* red, int pitch, int cr
       }
     }
   }
+#if CL > 1
+  CLUSTER_SYNC();
+#endif
 }
 #endif

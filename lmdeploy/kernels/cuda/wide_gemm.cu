@@ -39,7 +39,6 @@
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" :: "r"(a), "r"(v) : "memory"); }
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) { u32 r; asm("mul.rn." TY "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 
-#define CONSUMERS_SYNC() asm volatile("bar.sync 1, %0;" :: "n"(CONSUMERS) : "memory")
 
 // d[64 x NT] += A[64 x 16] B[16 x NT]: A in registers, B by its descriptor.
 #define C4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -101,23 +100,19 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
   extern __shared__ __align__(1024) char smem[];
   __shared__ __align__(8) u64 bars[3 * STAGES];
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
-  const int crank = CL > 1 ? blockIdx.x % CL : 0, rb = blockIdx.x / CL, RB = gridDim.x / CL;
-  // A block's tiles: t0 .. t0 + cnt, with gates and ups (EPI 2) cnt pairs; in a stage the ups lie behind the gates.
-  const int tiles = (N + 15) >> 4, TILES = EPI == 2 ? tiles / 2 : tiles;
-  const int t0 = (int)((long long)rb * TILES / RB), cnt = (int)((long long)(rb + 1) * TILES / RB) - t0;
-  const int flat = EPI == 2 ? 2 * cnt : cnt;
-  const int KU = K >> 7, k0 = crank * KU / CL, nk = (crank + 1) * KU / CL - k0;      // this block's units of 128 columns
+  const Share mine = share_of(N);
+  const int KU = K >> 7, k0 = mine.rank * KU / CL, nk = (mine.rank + 1) * KU / CL - k0;      // this block's units of 128 columns
   const u32 xring = smem_u32(smem), wring = xring + STAGES * XU, stage_bytes = capacity * UNIT;
   const u32 wfull = smem_u32(bars), xfull = wfull + 8 * STAGES, empty = xfull + 8 * STAGES;
 
-  const char* src = w + ((long long)k0 * tiles + t0) * UNIT;
+  const char* src = w + ((long long)k0 * mine.tiles + mine.first) * UNIT;
   const u64 policy = evict_first();
   auto fetch = [&](int s) {
     const u32 dst = wring + s * stage_bytes;
-    expect(wfull + 8 * s, flat * UNIT);
-    bulk_copy(dst, src, cnt * UNIT, wfull + 8 * s, policy);
-    if (EPI == 2) bulk_copy(dst + cnt * UNIT, src + (long long)TILES * UNIT, cnt * UNIT, wfull + 8 * s, policy);
-    src += (long long)tiles * UNIT;
+    expect(wfull + 8 * s, mine.flat * UNIT);
+    bulk_copy(dst, src, mine.count * UNIT, wfull + 8 * s, policy);
+    if (EPI == 2) bulk_copy(dst + mine.count * UNIT, src + (long long)mine.pairs * UNIT, mine.count * UNIT, wfull + 8 * s, policy);
+    src += (long long)mine.tiles * UNIT;
   };
   if (tid == CONSUMERS) {
     for (int s = 0; s < STAGES; s++) { init(wfull + 8 * s, 1); init(xfull + 8 * s, 4); init(empty + 8 * s, WN * 4); }
@@ -180,7 +175,7 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
       for (int i = 0; i < NREG; i++) acc[r][i] = 0.f;
     u32 tile[WT];      // beyond the last tile: that one again, for nothing
 #pragma unroll
-    for (int r = 0; r < WT; r++) tile[r] = min((wn * WT + r) * 4 + (warp & 3), flat - 1) * UNIT;
+    for (int r = 0; r < WT; r++) tile[r] = min((wn * WT + r) * 4 + (warp & 3), mine.flat - 1) * UNIT;
     // K-major without swizzle: core matrices lie PLANE apart along K, 128 bytes along the tokens. Addresses in a cluster hold
     // the block's rank in their upper bits, where a descriptor has other fields.
     const u64 layout = (u64)(PLANE >> 4) << 16 | (u64)(128 >> 4) << 32;
@@ -238,7 +233,7 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
 #pragma unroll
     for (int r = 0; r < WT; r++) {
       const int f = (wn * WT + r) * 4 + (warp & 3);
-      if (f >= flat) continue;
+      if (f >= mine.flat) continue;
       float* to = red + (wk * NT + 2 * t) * pitch + f * 16 + g;
 #pragma unroll
       for (int b = 0; b < NT / 8; b++) {
@@ -247,14 +242,6 @@ wide_gemm(const char* __restrict__ w, const u16* x, void* y, const u16* residual
         to[8 * b * pitch + 8] = acc[r][4 * b + 2]; to[(8 * b + 1) * pitch + 8] = acc[r][4 * b + 3];
       }
     }
-#if CL > 1
-    CLUSTER_SYNC();
-#else
-    CONSUMERS_SYNC();
-#endif
-    store_totals(red, pitch, crank, t0, cnt, rows, M, ldy, vectors, nullptr, residual, bias, y);
-#if CL > 1
-    CLUSTER_SYNC();
-#endif
+    store_totals(red, pitch, mine, rows, M, ldy, vectors, nullptr, residual, bias, y);
   }
 }

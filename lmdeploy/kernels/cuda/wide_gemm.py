@@ -47,6 +47,10 @@ class Tiling:
         """Of a block: the warpgroups that multiply and the one that loads."""
         return 128 * (self.groups_n * self.groups_k + 1)
 
+    def shared_bytes(self, tokens: int, held: int, stage_bytes: int) -> int:
+        """Dynamic shared memory of a block that holds so many tiles: its rings, or what is added up in their place."""
+        return max(self.stages * stage_bytes, self.groups_k * tokens * (held * 16 + 4) * 4)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -93,20 +97,8 @@ def wide_gemm(
     variant = choose_variant(w, epilogue, tiling)
     t = variant.tiling
     held = tiles_per_block(w.n, t, epilogue.is_gated)
-    arguments = (
-        w.data,
-        x,
-        out,
-        residual,
-        bias,
-        m,
-        w.n,
-        w.k,
-        x.stride(0),
-        out.stride(0),
-        held,
-        int(has_quads(out, residual)),
-    )
+    by_quads = int(has_quads(out, residual))
+    arguments = (w.data, x, out, residual, bias, m, w.n, w.k, x.stride(0), out.stride(0), held, by_quads)
     _kernel(variant, held, w.unit_bytes)(t.row_blocks * t.cluster, arguments)
     return out
 
@@ -173,9 +165,8 @@ def tiles_per_block(n: int, tiling: Tiling, is_gated: bool) -> int:
 
 
 def shared_bytes(tiling: Tiling, held: int, unit_bytes: int) -> int:
-    """Dynamic shared memory of a block that holds that many tiles: its rings, or what is added up in their place."""
-    rings = tiling.stages * (MAX_TOKENS * COLUMNS * 2 + held * unit_bytes)
-    return max(rings, tiling.groups_k * MAX_TOKENS * (held * 16 + 4) * 4)
+    """That of a block."""
+    return tiling.shared_bytes(MAX_TOKENS, held, MAX_TOKENS * COLUMNS * 2 + held * unit_bytes)
 
 
 @functools.cache
