@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import DEVICE, ROTATED_BYTES, Call, Limits, guarded, replay_us, show, write
+from benchmarks.gpu import DEVICE, ROTATED_BYTES, Call, Limits, guarded, replay_us, run_checks, show, write
 from benchmarks.skinny_gemm import SHAPES, floor_us, make_weight
 from lmdeploy.kernels import invariant
 from lmdeploy.kernels.cuda import affine
@@ -104,9 +103,7 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=12)
     args = parser.parse_args()
     limits = Limits.measure()
-    with ThreadPoolExecutor(16) as pool:  # most of the time they compile
-        worst = max(pool.map(check, range(args.checks)), default=0.0)
-    print(f"{args.checks} checks fine, worst error {worst:.1e}", flush=True)
+    run_checks(check, args.checks)
     rows: list[dict[str, object]] = []
     for name, shapes in (("internlm2-7b", SHAPES[:4]), ("qwen2.5-1.5b", SHAPES[4:])):
         for m in TOKENS:

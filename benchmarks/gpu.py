@@ -107,6 +107,13 @@ def copies_for(num_bytes: float, most: int = 256) -> int:
     return max(1, min(most, int(-(-ROTATED_BYTES // num_bytes))))
 
 
+def run_checks(check: Callable[[int], float], count: int) -> None:
+    """So many random cases at once, since most of their time they compile; says the worst error. Raises AssertionError."""
+    with ThreadPoolExecutor(16) as pool:
+        worst = max(pool.map(check, range(count)), default=0.0)
+    print(f"{count} checks fine, worst error {worst:.1e}", flush=True)
+
+
 def guarded(shape: Sequence[int], dtype: torch.dtype, launch: Callable[[Tensor], object]) -> Tensor:
     """What launch writes to a tensor [M, N] between two rows of poison, which must stay: AssertionError."""
     out = torch.full((shape[0] + 2, shape[1]), float("nan"), device=DEVICE, dtype=dtype)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import DEVICE, Limits, replays_us, show, write
+from benchmarks.gpu import DEVICE, Limits, replays_us, run_checks, show, write
 from benchmarks.packed_stream_gemm import MODELS, Chain
 from benchmarks.skinny_gemm import make_weight
 from lmdeploy.kernels.cuda import layer_tail
@@ -99,10 +99,9 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=12)
     args = parser.parse_args()
     limits = Limits.measure()
-    with ThreadPoolExecutor(16) as pool:  # most of the time they compile
-        worst = max(pool.map(check, range(args.checks)), default=0.0)
+    run_checks(check, args.checks)
+    with ThreadPoolExecutor(16) as pool:
         list(pool.map(compile_for, MODELS))
-    print(f"{args.checks} checks fine, worst error {worst:.1e}", flush=True)
     layer_tail.give_up(torch.cuda.current_stream())
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # of the captures, too

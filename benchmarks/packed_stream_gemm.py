@@ -13,7 +13,6 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from functools import partial
 from itertools import product as product_of
@@ -31,6 +30,7 @@ from benchmarks.gpu import (
     guarded,
     replay_us,
     replays_us,
+    run_checks,
     show,
     write,
     write_tilings,
@@ -330,9 +330,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
     limits = Limits.measure()
-    with ThreadPoolExecutor(16) as pool:  # most of the time they compile
-        worst = max(pool.map(check, range(args.checks)), default=0.0)
-    print(f"{args.checks} checks fine, worst error {worst:.1e}", flush=True)
+    run_checks(check, args.checks)
     rows: list[dict[str, object]] = []
     table: dict[str, tuple[object, ...]] = {}
     for model in TUNED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -40,21 +42,19 @@ def test_variants_compile(
 
 def test_the_rules_tilings_fit() -> None:
     """Every tile of rows has its place and each warpgroup a stage that is not another's, whatever the number of tokens."""
-    for n in (16, 64, 272, 2048, 4096, 6144, 8448, 17920, 28672, 106496, 128256):
-        for is_gated in {False, n % 32 == 0}:
-            for group in (128, 32):
-                for num_sms in (132, 114, 78):
-                    for tokens in (8, 16, 32, 64):
-                        t = byte_gemm.choose_tiling(n, tokens, group, is_gated, num_sms)
-                        held = wide_gemm.tiles_per_block(n, t, is_gated)
-                        assert held <= t.capacity
-                        assert t.row_tiles <= 2
-                        assert held * t.row_blocks >= -(-n // 16)
-                        assert t.row_blocks <= -(-n // 16) // (2 if is_gated else 1)
-                        assert t.groups_k * t.cluster == byte_gemm.slices(n, num_sms)
-                        assert t.stages % t.groups_k == 0
-                        assert t.stages >= 2 * t.groups_k
-                        assert byte_gemm.shared_bytes(tokens, t, held, group) <= 226 << 10
+    rows = (16, 64, 272, 2048, 4096, 6144, 8448, 17920, 28672, 106496, 128256)
+    weights = [(n, is_gated) for n in rows for is_gated in {False, n % 32 == 0}]
+    for (n, is_gated), group, num_sms, tokens in product(weights, (128, 32), (132, 114, 78), (8, 16, 32, 64)):
+        t = byte_gemm.choose_tiling(n, tokens, group, is_gated, num_sms)
+        held = wide_gemm.tiles_per_block(n, t, is_gated)
+        assert held <= t.capacity
+        assert t.row_tiles <= 2
+        assert held * t.row_blocks >= -(-n // 16)
+        assert t.row_blocks <= -(-n // 16) // (2 if is_gated else 1)
+        assert t.groups_k * t.cluster == byte_gemm.slices(n, num_sms)
+        assert t.stages % t.groups_k == 0
+        assert t.stages >= 2 * t.groups_k
+        assert byte_gemm.shared_bytes(tokens, t, held, group) <= 226 << 10
 
 
 def test_slices_are_as_many_as_give_each_multiprocessor_work() -> None:
